@@ -1,0 +1,91 @@
+"""Cubic Bezier curves over depth: four control points that stand for all layer factors (arXiv 2503.04355).
+
+B(t) = (1-t)^3 P0 + 3(1-t)^2 t P1 + 3(1-t) t^2 P2 + t^3 P3 with P_k = (layer, value). Whether the paper lets the
+control points move along the layer axis is not known; both are possible here (CHOICES.md).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import BPoly
+from scipy.optimize import brentq
+
+
+@dataclass(frozen=True)
+class BezierCurve:
+    """A cubic Bezier curve that maps layer to factor.
+
+    Parameters
+    ----------
+    layers : 4 numbers, strictly increasing
+        Where the control points stand on the layer axis. Increasing, so that x(t) is and every layer has one value.
+    values : 4 numbers
+        Their heights (factors).
+    """
+
+    layers: tuple[float, float, float, float]
+    values: tuple[float, float, float, float]
+
+    def __init__(self, layers: Sequence[float], values: Sequence[float]) -> None:
+        for name, given in (("layers", layers), ("values", values)):
+            points = tuple(float(p) for p in given)
+            if len(points) != 4:
+                raise ValueError(f"{name} has {len(points)} numbers; a cubic Bezier curve has 4 control points")
+            if not all(map(math.isfinite, points)):
+                raise ValueError(f"{name} is {points}; control points must be finite")
+            object.__setattr__(self, name, points)
+        if not all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            raise ValueError(
+                f"control layers {self.layers} are not increasing; order them so that each is greater than the last"
+            )
+
+    def __call__(self, layer: "Sequence[float] | NDArray[np.float64 | np.int64]") -> NDArray[np.float64]:
+        """Height of the curve over `layer` (shape (layers,)); beyond the end points it stays at their height."""
+        at = np.clip(np.asarray(layer, dtype=float), self.layers[0], self.layers[3])
+        gaps = np.diff(self.layers)
+        if np.allclose(gaps, gaps[0], rtol=1e-12, atol=0):  # x(t) is linear: t is the normalised depth
+            t = (at - self.layers[0]) / (self.layers[3] - self.layers[0])
+        else:
+            x = BPoly(np.array(self.layers)[:, None], [0.0, 1.0])
+            t = np.array([brentq(lambda u, goal=goal: float(x(u)) - goal, 0.0, 1.0, xtol=1e-14) for goal in at])
+        return np.asarray(BPoly(np.array(self.values)[:, None], [0.0, 1.0])(t))
+
+    def factors(
+        self,
+        num_layers: int,
+        first_layer: int = 0,
+        step: float | None = 0.1,
+        bounds: tuple[float, float] | None = None,
+    ) -> tuple[float, ...]:
+        """Sample the curve at every layer.
+
+        Parameters
+        ----------
+        num_layers : int
+            Layers of the model.
+        first_layer : int
+            Layers before it get 1.0 (the paper scales the last 30 of 32 layers).
+        step : float or None
+            Round to multiples of it; None leaves the curve's own values.
+        bounds : (low, high) or None
+            Clip, after rounding.
+
+        Returns
+        -------
+        tuple of float, shape (num_layers,)
+        """
+        if not 0 <= first_layer < num_layers:
+            raise ValueError(f"first_layer is {first_layer}; it must be from 0 to {num_layers - 1}")
+        sampled = self(np.arange(first_layer, num_layers))
+        if step is not None:
+            if not step > 0:
+                raise ValueError(f"step is {step}; it must be positive, or None for no rounding")
+            sampled = np.round(np.round(sampled / step) * step, 10)  # 10 digits: 1.2000000000000002 is 1.2
+        if bounds is not None:
+            if not bounds[0] <= bounds[1]:
+                raise ValueError(f"bounds is {bounds}; give (low, high) with low <= high")
+            sampled = np.clip(sampled, *bounds)
+        return (1.0,) * first_layer + tuple(sampled.tolist())

@@ -1,0 +1,191 @@
+"""Every outcome ever measured, on disk: what makes a crash boring.
+
+An outcome is filed under its content (model fingerprint, scaling, question with its context), so whoever needs it finds
+it: the same run after `kill -9`, another search, another notebook. One SQLite file, written by any number of processes.
+"""
+
+import csv
+import gzip
+import io
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_APPLICATION_ID = 0x4C52_5331  # "LRS1" in the file's header: ours, and this layout
+_SCHEMA = """
+CREATE TABLE candidates (id INTEGER PRIMARY KEY, model TEXT NOT NULL, scaling TEXT NOT NULL, UNIQUE (model, scaling));
+CREATE TABLE outcomes (
+    candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, exact INTEGER NOT NULL, nll REAL NOT NULL,
+    PRIMARY KEY (candidate, question)
+) WITHOUT ROWID;
+"""
+_COLUMNS = ["model", "scaling", "question", "exact", "nll"]
+
+
+class LedgerError(OSError):
+    """The ledger file can't be read or written; nothing recorded before is lost and the file is left as it is."""
+
+
+class Ledger:
+    """Outcomes in an SQLite file (write-ahead log), made if it doesn't exist.
+
+    Raises
+    ------
+    LedgerError
+        The file is no SQLite database, another program's, or damaged (it is never overwritten); the disk is full or
+        the file can't be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained():
+            # autocommit: transactions are the explicit ones below
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _open(self) -> None:
+        (owner,) = self._db.execute("PRAGMA application_id").fetchone()
+        empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+        if owner != _APPLICATION_ID and not (owner == 0 and empty):
+            raise LedgerError(f"{self.path} is another program's SQLite file, not a ledger; give another path")
+        (health,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if health != "ok":
+            raise sqlite3.DatabaseError(health)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")  # survives any kill; a power cut may cost the last second
+        if empty:
+            with self._transaction():
+                if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():  # another process's turn?
+                    self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                    for statement in _SCHEMA.strip().split(";\n"):
+                        self._db.execute(statement)
+
+    def find(self, model: str, scaling: str) -> dict[str, tuple[bool, float]]:
+        """All outcomes of one candidate: question key -> (exact, nll)."""
+        with self._explained():
+            rows = self._db.execute(
+                "SELECT question, exact, nll FROM outcomes JOIN candidates ON id = candidate "
+                "WHERE model = ? AND scaling = ?",
+                (model, scaling),
+            )
+            return {question: (bool(exact), nll) for question, exact, nll in rows}
+
+    def record(
+        self, model: str, scaling: str, questions: Sequence[str], exact: NDArray[np.bool_], nll: NDArray[np.float64]
+    ) -> None:
+        """Write the outcomes of one context, all or none. What another process wrote first stays."""
+        with self._explained(), self._transaction():
+            self._insert(model, scaling, zip(questions, map(int, exact), map(float, nll), strict=True))
+
+    def __len__(self) -> int:
+        with self._explained():
+            return int(self._db.execute("SELECT count(*) FROM outcomes").fetchone()[0])
+
+    def export(
+        self, path: str | Path, candidates: Sequence[tuple[str, str]], questions: Sequence[str], about: str
+    ) -> int:
+        """Write outcomes as a small CSV (gzip) that can be committed; `load` reads it back.
+
+        Parameters
+        ----------
+        candidates : sequence of (model fingerprint, scaling key)
+        questions : sequence of str
+            Question keys; what isn't measured is left out.
+        about : str
+            One line: the command and the versions that made them.
+
+        Returns
+        -------
+        int : rows written
+        """
+        wanted = set(questions)
+        rows = [
+            [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
+            for model, scaling in dict.fromkeys(candidates)
+            for question, (exact, nll) in sorted(self.find(model, scaling).items())
+            if question in wanted
+        ]
+        text = io.StringIO()
+        text.write(f"# {about}\n")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(rows)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))  # mtime=0: same rows, same bytes
+        return len(rows)
+
+    def load(self, path: str | Path) -> int:
+        """Add the outcomes of an exported file; those already known stay. Returns the number of rows read."""
+        try:
+            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+                reader = csv.reader(line for line in file if not line.startswith("#"))
+                if next(reader, None) != _COLUMNS:
+                    raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
+                by_candidate: dict[tuple[str, str], list[tuple[str, int, float]]] = {}
+                for model, scaling, question, exact, nll in reader:
+                    by_candidate.setdefault((model, scaling), []).append((question, int(exact), float(np.float32(nll))))
+        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise LedgerError(f"{path} is no exported ledger, or damaged: {error}") from error
+        with self._explained(), self._transaction():
+            for (model, scaling), rows in by_candidate.items():
+                self._insert(model, scaling, rows)
+        return sum(map(len, by_candidate.values()))
+
+    def close(self) -> None:
+        """Close the file; the ledger can't be used afterwards."""
+        self._db.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _insert(self, model: str, scaling: str, rows: Any) -> None:
+        self._db.execute("INSERT OR IGNORE INTO candidates (model, scaling) VALUES (?, ?)", (model, scaling))
+        (candidate,) = self._db.execute(
+            "SELECT id FROM candidates WHERE model = ? AND scaling = ?", (model, scaling)
+        ).fetchone()
+        self._db.executemany("INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?)", ((candidate, *row) for row in rows))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours, which say what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "full" in str(error) or "disk I/O" in str(error):
+                free = shutil.disk_usage(self.path.parent).free // 2**20
+                raise LedgerError(
+                    f"no room to write {self.path} ({error}; {free} MiB free). Everything recorded so far is kept: "
+                    "make room and run the same command again"
+                ) from error
+            raise LedgerError(f"{self.path} can't be used as a ledger: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"{self.path} is not a ledger, or damaged ({error}); it is left as it is: move it away "
+                "or give another path"
+            ) from error

@@ -1,0 +1,98 @@
+"""From outcomes to numbers: accuracy by depth, context utilisation U, intervals and paired tests.
+
+Contexts are the unit of chance: questions about one context share its reading, so intervals and tests resample
+contexts.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+# First, middle, last. The paper (2503.04355) says only w_first < w_middle < w_last; 1:2:3 is ours (CHOICES.md).
+UTILISATION_WEIGHTS = (1 / 6, 2 / 6, 3 / 6)
+
+
+class Interval(NamedTuple):
+    """A mean and its bootstrap interval."""
+
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def utilisation(
+    exact: ArrayLike, depths: ArrayLike, weights: tuple[float, float, float] = UTILISATION_WEIGHTS
+) -> NDArray[np.float64]:
+    """Context utilisation U = w_first acc_first + w_middle acc_middle + w_last acc_last (the paper's fitness).
+
+    Parameters
+    ----------
+    exact : bool array, shape (..., contexts, questions)
+    depths : float array, shape (questions,)
+        Must hold 0 and 1; the middle is the depth nearest to 0.5.
+    weights : (first, middle, last), increasing
+        Normalised to sum 1.
+
+    Returns
+    -------
+    float array, shape (...)
+    """
+    w = np.asarray(weights, float)
+    if w.shape != (3,) or not (0 < w[0] < w[1] < w[2]):
+        raise ValueError(f"weights is {weights}; U needs 0 < first < middle < last")
+    accuracy = np.asarray(exact, float).mean(axis=-2)
+    return np.asarray(accuracy[..., first_middle_last(depths)] @ (w / w.sum()))
+
+
+def first_middle_last(depths: ArrayLike) -> list[int]:
+    """Indices of the questions at depth 0, nearest to 0.5 and at 1."""
+    depths = np.asarray(depths, float)
+    if not (np.isin([0.0, 1.0], depths).all() and len(depths) >= 3):
+        raise ValueError(f"U needs questions at depths 0, about 0.5 and 1; there are {np.round(depths, 3).tolist()}")
+    return [int(np.argmin(np.abs(depths - d))) for d in (0.0, 0.5, 1.0)]
+
+
+def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Mean over contexts with a percentile bootstrap interval.
+
+    Parameters
+    ----------
+    values : array, shape (contexts,) or (contexts, questions)
+        Accuracy by depth: `bootstrap_mean(outcomes.exact[candidate])`; mean accuracy: the same averaged over questions.
+        Where all contexts agree the interval has no width, which says nothing of contexts not seen.
+
+    Returns
+    -------
+    Interval of arrays of the shape without contexts
+    """
+    values = np.asarray(values, float)
+    mean = values.mean(axis=0)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least 2 contexts, there is {len(values)}")
+    found = stats.bootstrap(
+        (values,), np.mean, axis=0, confidence_level=level, n_resamples=resamples, method="percentile", batch=500,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return Interval(mean, np.asarray(found.confidence_interval.low), np.asarray(found.confidence_interval.high))
+
+
+def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p of mean(a - b) under random exchange of a and b within each context (permutation test).
+
+    Parameters
+    ----------
+    a, b : arrays, shape (contexts,)
+        One number a context, the same contexts in the same order.
+    """
+    difference = np.asarray(a, float) - np.asarray(b, float)
+    if difference.ndim != 1:
+        raise ValueError(f"give one number a context: the shape is {difference.shape}, not (contexts,)")
+    if not difference.any():
+        return 1.0
+    found = stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.pvalue)

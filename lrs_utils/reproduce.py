@@ -1,0 +1,156 @@
+"""Running the notebooks the same way everywhere: profiles, parameters, and where results go.
+
+A notebook declares its parameters (cell tagged `parameters`) and calls `begin`. What is left None comes from
+`notebooks/profiles/<profile>.yaml`; anything misspelt or mistyped stops the run.
+"""
+
+import os
+import platform
+import subprocess
+import typing
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import yaml
+
+from lrs_utils.ledger import Ledger
+from lrs_utils.models import cache_folder
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SHIPPED = ".outcomes.csv.gz"
+_IPYTHON_NAMES = {"In", "Out"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a notebook with all its settings decided.
+
+    Attributes
+    ----------
+    settings : mapping
+        The profile's values, overridden by the notebook's parameters.
+    overridden : mapping
+        Parameters that differ from the profile's.
+    """
+
+    notebook: str
+    profile: str
+    settings: Mapping[str, Any]
+    overridden: Mapping[str, Any]
+    fresh: bool
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.settings:
+            raise KeyError(f"profile {self.profile} sets no {name!r}; add it to notebooks/profiles/{self.profile}.yaml")
+        return self.settings[name]
+
+    @property
+    def folder(self) -> Path:
+        """Where results go: the repository for the plain `cpu` profile, else build/, so that no committed file changes.
+
+        Below it `figures/`, `data/results/` and `data/factors/`.
+        """
+        if self.profile == "cpu" and not self.overridden:
+            return _ROOT
+        changed = "".join(f",{name}={value}" for name, value in sorted(self.overridden.items()))
+        return _ROOT / "build" / f"{self.profile}{changed}".replace("/", "-").replace(" ", "")
+
+    def path(self, relative: str) -> Path:
+        """A file to write below `folder`, its parents made."""
+        path = self.folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Outcomes measured on this machine and those that ship with the repository.
+
+        With `fresh` a new, empty file instead, so that everything is measured.
+        """
+        if self.fresh:
+            return Ledger(cache_folder() / f"ledger-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.sqlite")
+        ledger = Ledger(cache_folder() / "ledger.sqlite")
+        for shipped in sorted((_ROOT / "data" / "results").glob(f"*{_SHIPPED}")):
+            ledger.load(shipped)
+        return ledger
+
+    def ship(self, candidates: list[tuple[str, str]], questions: list[str]) -> Path:
+        """Export the outcomes behind this run's results, so that a fresh clone draws them without the model."""
+        path = self.path(f"data/results/{self.notebook}{_SHIPPED}")
+        self.ledger.export(path, candidates, questions, self.provenance)
+        return path
+
+    @property
+    def command(self) -> str:
+        """The command that runs this notebook with these settings."""
+        changes = "".join(f" -p {name} {value}" for name, value in self.overridden.items())
+        return f"papermill notebooks/{self.notebook}.ipynb out.ipynb -p profile {self.profile}{changes}"
+
+    @property
+    def provenance(self) -> str:
+        """One line: command, versions, code revision."""
+        return f"{self.command} | {versions()} | code {_revision()}"
+
+
+def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
+    """Check a notebook's parameters and fill those left None from its profile.
+
+    Parameters
+    ----------
+    notebook : str
+        Its file name without ending.
+    namespace : mapping
+        The notebook's `globals()`. Declared parameters are the annotated names in it.
+
+    Raises
+    ------
+    ValueError
+        An unknown parameter or profile, or a value of the wrong type; names it and what is allowed.
+    """
+    declared = dict(namespace["__annotations__"])
+    profiles = {path.stem: path for path in sorted((_ROOT / "notebooks" / "profiles").glob("*.yaml"))}
+    profile = namespace["profile"]
+    if profile not in profiles:
+        raise ValueError(f"profile is {profile!r}; choose one of {', '.join(profiles)}")
+    settings = yaml.safe_load(profiles[profile].read_text(encoding="utf-8"))
+    for name, value in namespace.items():
+        plain = isinstance(value, bool | int | float | str | list | tuple | dict | NoneType)
+        if name in declared or not plain or name.startswith("_") or name in _IPYTHON_NAMES:
+            continue
+        if name not in settings or settings[name] != value:  # `papermill -f profiles/x.yaml` brings all of a profile
+            raise ValueError(f"{notebook} has no parameter {name!r}; it has {', '.join(declared)}")
+    overridden = {}
+    for name, kind in declared.items():
+        value = namespace[name]
+        allowed = typing.get_args(kind) or (kind,)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            names = " or ".join("None" if a is NoneType else a.__name__ for a in allowed)
+            raise ValueError(f"parameter {name} is {value!r} ({type(value).__name__}); it must be {names}")
+        if NoneType not in allowed:
+            continue
+        if value is not None and value != settings.get(name):
+            overridden[name] = value
+        namespace[name] = settings[name] = settings.get(name) if value is None else value
+    return Run(notebook, profile, settings, overridden, bool(namespace.get("fresh", False)))
+
+
+def versions() -> str:
+    """Versions that results depend on."""
+    packages = " ".join(f"{name} {version(name)}" for name in ("lrs-utils", "torch", "transformers", "numpy"))
+    return f"Python {platform.python_version()} {packages}"
+
+
+def _revision() -> str:
+    git = ["git", "-C", str(_ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return "unknown"
+    code = ["lrs_utils", "notebooks"]
+    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True, check=False)
+    return found.stdout.strip() + ("" if clean.returncode == 0 else "+changes")

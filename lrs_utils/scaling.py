@@ -1,0 +1,273 @@
+"""Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
+
+Knows how a layer's factor (and temperature) becomes that layer's cos/sin tables and how to hang those tables
+on an unmodified Hugging Face model. Where factors come from is `bezier` and `search`; what they are worth is
+`scoring` and `metrics`.
+"""
+
+import copy
+import inspect
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+SCHEMES = ("pi",)
+
+_scaled_decoders: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class LayerScaling:
+    """One factor (and optionally one temperature) for each decoder layer.
+
+    Layer l reads position m as m / s_l, for queries and keys alike, so relative distances shrink by s_l.
+
+    Parameters
+    ----------
+    factors : sequence of float, shape (layers,)
+        s_l > 0. Above 1 attention decays more slowly with distance, below 1 faster; exactly 1 leaves the
+        layer's own tables in place, bit for bit.
+    scheme : str
+        How a factor enters the frequencies. "pi": position interpolation, every frequency divided by s_l
+        (2306.15595, Eq. 4; transformers' rope type "linear").
+    temperatures : sequence of float, shape (layers,), optional
+        t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
+        single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
+
+    Raises
+    ------
+    ValueError
+        A value that is not a positive finite number, an unknown scheme, or lengths that differ.
+    """
+
+    factors: tuple[float, ...]
+    scheme: str = "pi"
+    temperatures: tuple[float, ...] | None = None
+
+    def __init__(
+        self, factors: Sequence[float], scheme: str = "pi", temperatures: Sequence[float] | None = None
+    ) -> None:
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        object.__setattr__(self, "factors", _positive("factors", factors))
+        object.__setattr__(self, "scheme", scheme)
+        if temperatures is not None:
+            temperatures = _positive("temperatures", temperatures)
+            if len(temperatures) != len(self.factors):
+                raise ValueError(
+                    f"temperatures has {len(temperatures)} values but factors has {len(self.factors)}; "
+                    "give one of each per layer"
+                )
+            if all(t == 1.0 for t in temperatures):
+                temperatures = None  # the same scaling, so it must be the same value (and the same ledger key)
+        object.__setattr__(self, "temperatures", temperatures)
+
+    @classmethod
+    def uniform(cls, factor: float, num_layers: int, scheme: str = "pi") -> "LayerScaling":
+        """The same factor in each of `num_layers` layers."""
+        return cls((factor,) * num_layers, scheme)
+
+    @classmethod
+    def identity(cls, num_layers: int) -> "LayerScaling":
+        """Factor 1 everywhere: the model as it was trained."""
+        return cls.uniform(1.0, num_layers)
+
+    @property
+    def key(self) -> str:
+        """Canonical text of this scaling: equal scalings, and only they, have equal keys."""
+        parts = [self.scheme, ",".join(map(repr, self.factors))]
+        if self.temperatures is not None:
+            parts.append(",".join(map(repr, self.temperatures)))
+        return "|".join(parts)
+
+    @contextmanager
+    def applied_to(self, model: PreTrainedModel) -> Iterator[None]:
+        """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
+
+        Hooks replace the `position_embeddings` that each decoder layer receives; no weight or buffer changes,
+        and everything is taken off again on exit, also after an error.
+
+        Raises
+        ------
+        ValueError
+            The number of factors is not the model's number of layers, the model is already scaled, or its
+            family can't be reached this way (named in the message).
+        """
+        decoder = _reachable_decoder(model)
+        name = model_name(model)
+        if len(self.factors) != len(decoder.layers):
+            raise ValueError(f"factors has {len(self.factors)} values but {name} has {len(decoder.layers)} layers")
+        if decoder in _scaled_decoders:
+            raise ValueError(f"{name} is already scaled; leave the inner or outer `applied_to` block first")
+        per_layer = list(zip(self.factors, self.temperatures or (1.0,) * len(self.factors), strict=True))
+        if self.temperatures is not None:
+            _refuse_partial_rotary(decoder, model)
+        rotaries = {
+            pair: _scaled_rotary(decoder.rotary_emb, *pair, name=name) for pair in set(per_layer) - {(1.0, 1.0)}
+        }
+        # cos handed out by the rotary embedding -> how it was called, and the scaled tables made from that call so
+        # far. Keyed by identity: the layer that receives this very cos gets its own version of the same call.
+        calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+        def remember(_: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> None:
+            calls[output[0]] = (args, kwargs, {})
+
+        def replace_for(pair: tuple[float, float]) -> Any:
+            def replace(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                given = kwargs.get("position_embeddings")
+                if given is None or given[0] not in calls:
+                    raise RuntimeError(
+                        f"{name} gave a layer position embeddings that its rotary_emb did not make, "
+                        "so the layer's factor would have been ignored"
+                    )
+                call_args, call_kwargs, tables = calls[given[0]]
+                if pair not in tables:
+                    tables[pair] = rotaries[pair](*call_args, **call_kwargs)
+                return args, kwargs | {"position_embeddings": tables[pair]}
+
+            return replace
+
+        with ExitStack() as stack:
+            _scaled_decoders.add(decoder)
+            stack.callback(_scaled_decoders.discard, decoder)
+            if rotaries:
+                handle = decoder.rotary_emb.register_forward_hook(remember, with_kwargs=True)
+                stack.callback(handle.remove)
+            for layer, pair in zip(decoder.layers, per_layer, strict=True):
+                if pair in rotaries:
+                    handle = layer.register_forward_pre_hook(replace_for(pair), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """What to call the model in a message: its hub id or folder name, else its class."""
+    path = getattr(model.config, "_name_or_path", "")
+    return Path(path).name or type(model).__name__
+
+
+def save_factors(path: str | Path, scaling: LayerScaling, **provenance: Any) -> None:
+    """Write a scaling and where it came from as versioned JSON; the file appears whole or not at all.
+
+    `provenance` is any JSON value by name: model, fingerprint, suite, seeds, versions, command, and `held_out`
+    (accuracy and its interval on contexts the search never saw).
+    """
+    path = Path(path)
+    reserved = _FILE_KEYS & provenance.keys()
+    if reserved:
+        raise ValueError(f"provenance may not be called {', '.join(sorted(reserved))}: the file format uses that name")
+    temperatures = None if scaling.temperatures is None else list(scaling.temperatures)
+    head = {"format": _FORMAT, "version": _VERSION, "scheme": scaling.scheme}
+    content = head | {"factors": list(scaling.factors), "temperatures": temperatures} | provenance
+    text = json.dumps(content, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
+        try:
+            part.write(text + "\n")
+            part.close()
+            os.chmod(part.name, 0o644)
+            os.replace(part.name, path)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+
+
+def load_factors(path: str | Path) -> LayerScaling:
+    """Read a scaling from a factor file.
+
+    Raises
+    ------
+    ValueError
+        Not a factor file, a newer version, or a field that is missing or not valid; names file and field.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a factor file: {error}") from error
+    if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+        raise ValueError(f'{path} is not a factor file: it lacks "format": "{_FORMAT}"')
+    if content.get("version") != _VERSION:
+        raise ValueError(f"{path} has version {content.get('version')!r}; this lrs_utils reads version {_VERSION}")
+    try:
+        return LayerScaling(content["factors"], content["scheme"], content.get("temperatures"))
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the field {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+_FORMAT, _VERSION = "lrs-factors", 1
+_FILE_KEYS = {"format", "version", "scheme", "factors", "temperatures"}
+
+
+def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(values, str) or (not isinstance(values, Sequence) and not hasattr(values, "__iter__")):
+        raise ValueError(f"{name} must be a sequence of numbers, one a layer, not {values!r}")
+    checked = []
+    for layer, value in enumerate(values):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{name}[{layer}] is {value!r}; it must be a positive finite number")
+        checked.append(number)
+    if not checked:
+        raise ValueError(f"{name} is empty; give one value for each decoder layer")
+    return tuple(checked)
+
+
+def _reachable_decoder(model: PreTrainedModel) -> Any:
+    """The module that owns `layers` and `rotary_emb`, or an error that names the family and what it lacks."""
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    family = type(model).__name__
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+        raise ValueError(f"{family} can't be scaled by layer: its decoder has no `layers` with a shared `rotary_emb`")
+    if any("position_embeddings" not in inspect.signature(layer.forward).parameters for layer in layers):
+        raise ValueError(f"{family} can't be scaled by layer: its layers take no `position_embeddings`")
+    return decoder
+
+
+def _refuse_partial_rotary(decoder: Any, model: PreTrainedModel) -> None:
+    config = decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, inv_freq in decoder.rotary_emb.named_buffers():
+        if name.endswith("inv_freq") and 2 * inv_freq.numel() != head_dim:
+            raise ValueError(
+                f"{type(model).__name__} rotates {2 * inv_freq.numel()} of {head_dim} head dimensions; a temperature "
+                "folded into cos and sin would miss the others, so leave temperatures out"
+            )
+
+
+def _scaled_rotary(rotary: nn.Module, factor: float, temperature: float, *, name: str) -> nn.Module:
+    """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
+    rope_type = getattr(rotary, "rope_type", "default")
+    for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
+        if "dynamic" in kind or kind == "longrope":
+            raise ValueError(
+                f"{name} has rope type {kind!r}, which recomputes its frequencies in every forward pass and would "
+                "undo the layer's factor; load it with a static rope type"
+            )
+    scaled = copy.deepcopy(rotary)
+    frequencies = [buffer for buffer_name, buffer in scaled.named_buffers() if buffer_name.endswith("inv_freq")]
+    gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]
+    if not frequencies or (temperature != 1.0 and not gains):
+        raise ValueError(f"{name} can't be scaled: {type(rotary).__name__} has no `inv_freq` or `attention_scaling`")
+    for inv_freq in frequencies:
+        inv_freq /= factor
+    for attribute in gains:
+        # q and k each carry sqrt(t), their product t
+        setattr(scaled, attribute, getattr(scaled, attribute) * math.sqrt(temperature))
+    return scaled
