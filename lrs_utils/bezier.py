@@ -44,14 +44,18 @@ class BezierCurve:
 
     def __call__(self, layer: "Sequence[float] | NDArray[np.float64 | np.int64]") -> NDArray[np.float64]:
         """Height of the curve over `layer` (shape (layers,)); beyond the end points it stays at their height."""
-        at = np.clip(np.asarray(layer, dtype=float), self.layers[0], self.layers[3])
-        gaps = np.diff(self.layers)
-        if np.allclose(gaps, gaps[0], rtol=1e-12, atol=0):  # x(t) is linear: t is the normalised depth
-            t = (at - self.layers[0]) / (self.layers[3] - self.layers[0])
-        else:
-            x = BPoly(np.array(self.layers)[:, None], [0.0, 1.0])
-            t = np.array([brentq(lambda u, goal=goal: float(x(u)) - goal, 0.0, 1.0, xtol=1e-14) for goal in at])
+        t = np.array([self._parameter(float(at)) for at in layer])
         return np.asarray(BPoly(np.array(self.values)[:, None], [0.0, 1.0])(t))
+
+    def _parameter(self, layer: float) -> float:
+        """The t with x(t) = layer; unique, since x(t) increases when the control layers do."""
+        a, b, c, d = self.layers
+        if layer <= a or layer >= d:
+            return float(layer >= d)
+        k1, k2, k3 = 3 * (b - a), 3 * (c - 2 * b + a), d - 3 * c + 3 * b - a  # x(t) in powers of t
+        if k2 == k3 == 0:  # evenly spaced: t is the normalised depth
+            return (layer - a) / (d - a)
+        return float(brentq(lambda t: ((k3 * t + k2) * t + k1) * t + a - layer, 0.0, 1.0, xtol=1e-14))
 
     def factors(
         self,
@@ -71,7 +75,7 @@ class BezierCurve:
         step : float or None
             Round to multiples of it; None leaves the curve's own values.
         bounds : (low, high) or None
-            Clip, after rounding.
+            Clip, to the multiples of `step` within them.
 
         Returns
         -------
@@ -83,9 +87,14 @@ class BezierCurve:
         if step is not None:
             if not step > 0:
                 raise ValueError(f"step is {step}; it must be positive, or None for no rounding")
-            sampled = np.round(np.round(sampled / step) * step, 10)  # 10 digits: 1.2000000000000002 is 1.2
+            sampled = np.round(sampled / step)
         if bounds is not None:
-            if not bounds[0] <= bounds[1]:
+            low, high = bounds
+            if not low <= high:
                 raise ValueError(f"bounds is {bounds}; give (low, high) with low <= high")
-            sampled = np.clip(sampled, *bounds)
+            if step is not None:  # in steps, and those within the bounds; 1e-9: 0.7 / 0.1 is 6.999999999999999
+                low, high = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            sampled = np.clip(sampled, low, high)
+        if step is not None:
+            sampled = np.round(sampled * step, 10)  # 10 digits: 1.2000000000000002 is 1.2
         return (1.0,) * first_layer + tuple(sampled.tolist())

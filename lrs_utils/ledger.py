@@ -47,6 +47,8 @@ class Ledger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
+            if self.path.exists() and (head := self.path.open("rb").read(16)) not in (b"", b"SQLite format 3\0"):
+                raise sqlite3.DatabaseError(f"it begins with {head!r}")  # SQLite itself overwrites very short files
             # autocommit: transactions are the explicit ones below
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             try:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -102,7 +102,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = _choose_dtype(dtype, device)
     if name in _TINY:
-        tokenizer, model = _byte_tokenizer(), _tiny(name, dtype)
+        tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
     else:
         source = _embedded_folder() if name == EMBEDDED else _checked_source(name)
         with _no_progress_bars():
@@ -140,7 +140,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _checked_source(name: str) -> str:
-    if Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
+    if (name and Path(name).is_dir()) or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
         return name
     raise ValueError(
         f"model {name!r} is unknown: it is no folder here and no hub id of the form org/name; "
@@ -190,15 +190,14 @@ def _tiny(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte and <eos> = 256: enough for any text, nothing to download."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+def _character_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a Latin-1 character and <eos> = 256: any tokens decode to text that encodes to them again."""
+    tokenizer = Tokenizer(WordLevel({chr(i): i for i in range(256)} | {"<eos>": 256}, unk_token="?"))
     tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", clean_up_tokenization_spaces=False
     )
 
 

@@ -1,5 +1,7 @@
 """Running the notebooks the same way everywhere: profiles, parameters, and where results go.
 
+`python -m lrs_utils.reproduce EXECUTED.ipynb` prints the summary of a notebook that was run.
+
 A notebook declares its parameters (cell tagged `parameters`) and calls `begin`. What is left None comes from
 `notebooks/profiles/<profile>.yaml`; anything misspelt or mistyped stops the run.
 """
@@ -7,6 +9,7 @@ A notebook declares its parameters (cell tagged `parameters`) and calls `begin`.
 import os
 import platform
 import subprocess
+import sys
 import typing
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import nbformat
 import yaml
 
 from lrs_utils.ledger import Ledger
@@ -154,3 +158,14 @@ def _revision() -> str:
     code = ["lrs_utils", "notebooks"]
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True, check=False)
     return found.stdout.strip() + ("" if clean.returncode == 0 else "+changes")
+
+
+def printed_summary(path: str | Path) -> str:
+    """What the cells tagged `summary` of an executed notebook printed."""
+    cells = nbformat.read(path, as_version=4).cells  # type: ignore[no-untyped-call]
+    outputs = [o for cell in cells if "summary" in cell.metadata.get("tags", []) for o in cell.get("outputs", [])]
+    return "\n".join((o.get("text") or o.get("data", {}).get("text/plain", "")).rstrip() for o in outputs)
+
+
+if __name__ == "__main__":
+    print(printed_summary(sys.argv[1]))

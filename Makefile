@@ -1,0 +1,36 @@
+# make demo: a search on a real model, in minutes.   make test: everything CI checks.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+BIN := .venv/bin
+SHORT := -p keys short -p n_contexts 12 -p budget 32 -p n_test_contexts 40
+# one line of output a step, also when a terminal is attached to make
+RUN := $(BIN)/papermill --log-output --no-progress-bar
+
+.PHONY: demo test lint model clean
+
+demo: model
+	@mkdir -p build
+	$(RUN) notebooks/06_ga_search.ipynb build/demo.ipynb -p profile cpu $(SHORT)
+	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
+
+test: lint model
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the embedded model, fetched and converted into the cache once
+model: .venv/installed
+	@$(BIN)/python -c "from lrs_utils import load_lm; print(load_lm())"
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version" \
+		|| { echo "Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv \
+		|| { rm -rf .venv; echo "on Debian: apt-get install python3-venv, then make again"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,44 @@
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [Requirement(r) for r in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def test_environment_yml_asks_for_what_pyproject_asks_for():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = {Requirement(entry).name: Requirement(entry).specifier for entry in listed if isinstance(entry, str)}
+    wanted = {CONDA_NAMES.get(r.name, r.name): r.specifier for r in REQUIREMENTS}
+    assert conda.pop("python") == PROJECT["requires-python"]
+    assert conda.pop("pip") is not None
+    assert conda == wanted
+    assert [entry["pip"] for entry in listed if not isinstance(entry, str)] == [["--editable ."]]
+
+
+def test_constraints_pin_every_requirement_within_its_bounds():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    for requirement in REQUIREMENTS:
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert pins["torch"] == "2.13.0"
+
+
+def test_metadata_names_the_tested_pythons():
+    assert PROJECT["requires-python"] == ">=3.11,<3.14"
+    named = re.findall(r"3\.\d+", " ".join(PROJECT["classifiers"]))
+    assert named == ["3.11", "3.12", "3.13"]
+
+
+def test_the_readme_gives_the_commands_that_the_makefile_has():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text()))
+    assert {"demo", "test"} <= used <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

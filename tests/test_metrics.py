@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from lrs_utils.metrics import UTILISATION_WEIGHTS, bootstrap_mean, first_middle_last, paired_test, utilisation
+
+
+def test_utilisation_weighs_first_middle_and_last():
+    exact = np.zeros((3, 1, 5), bool)
+    exact[0, 0, 0] = exact[1, 0, 2] = exact[2, 0, 4] = True
+    np.testing.assert_allclose(utilisation(exact, np.linspace(0, 1, 5)), UTILISATION_WEIGHTS)
+    assert UTILISATION_WEIGHTS[0] < UTILISATION_WEIGHTS[1] < UTILISATION_WEIGHTS[2]
+    assert utilisation(np.ones((4, 3)), [0, 0.5, 1], weights=(2, 3, 5)) == pytest.approx(1)
+
+
+def test_the_middle_is_the_depth_nearest_to_one_half():
+    assert first_middle_last([1, 0.3, 0.45, 0]) == [3, 2, 0]
+
+
+def test_bad_weights_and_depths_are_refused():
+    with pytest.raises(ValueError, match="U needs 0 < first < middle < last"):
+        utilisation(np.ones((1, 3)), [0, 0.5, 1], weights=(0.5, 0.3, 0.2))
+    with pytest.raises(ValueError, match=r"U needs questions at depths 0, about 0\.5 and 1"):
+        utilisation(np.ones((1, 3)), [0, 0.5, 0.9])
+
+
+def test_the_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    samples = rng.binomial(1, 0.3, size=(200, 60))
+    intervals = [bootstrap_mean(sample, resamples=500) for sample in samples]
+    covered = np.mean([i.low <= 0.3 <= i.high for i in intervals])
+    assert 0.88 < covered <= 1
+
+
+def test_the_bootstrap_keeps_questions_apart_and_is_deterministic():
+    exact = np.random.default_rng(1).random((40, 3)) < [0.1, 0.5, 0.9]
+    a, b = bootstrap_mean(exact), bootstrap_mean(exact)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(a.mean, exact.mean(axis=0))
+    assert (a.low < a.mean).all()
+    assert (a.mean < a.high).all()
+    with pytest.raises(ValueError, match="at least 2 contexts"):
+        bootstrap_mean(exact[:1])
+
+
+def test_the_paired_test_sees_a_shift_and_not_noise():
+    rng = np.random.default_rng(2)
+    base = rng.random(50)
+    assert paired_test(base + 0.1 + 0.01 * rng.standard_normal(50), base) < 0.001
+    assert paired_test(base + 0.1 * rng.standard_normal(50), base) > 0.05
+    assert paired_test(base, base) == 1.0
+    with pytest.raises(ValueError, match="one number a context"):
+        paired_test(np.ones((3, 2)), np.ones((3, 2)))

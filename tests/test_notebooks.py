@@ -1,0 +1,70 @@
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from lrs_utils.models import cache_folder
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb"))
+
+
+@pytest.fixture
+def clean_cache(tmp_path, monkeypatch, smollm2):
+    """A cache with the model and no outcomes, so that a notebook measures."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    os.symlink(cache_folder() / "smollm2-135m", cache / "smollm2-135m")
+    monkeypatch.setenv("LRS_CACHE", str(cache))
+    return cache
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_at_smoke(path, clean_cache, tmp_path):
+    papermill.execute_notebook(path, tmp_path / "out.ipynb", {"profile": "smoke"}, progress_bar=False)
+    assert (clean_cache / "ledger.sqlite").exists()
+    assert_outputs_are_pictures_and_short_text(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_committed_as_the_cpu_profile_left_it(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in code)
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert_outputs_are_pictures_and_short_text(notebook)
+    assert not re.search(r"\b[A-Z]+_TEXT\b|COST_|LEARNED", path.read_text())
+
+
+def assert_outputs_are_pictures_and_short_text(notebook):
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            assert len(text.splitlines()) < 40
+            assert "it/s]" not in text
+            assert "s/it]" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_sees_every_parameter(path):
+    found = papermill.inspect_notebook(path)
+    [cell] = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    declared = re.findall(r"^(\w+): ", cell.source, re.MULTILINE)
+    assert list(found) == declared
+    assert declared[0] == "profile"
+    assert len(declared) <= 10
+    assert all(parameter["help"] and parameter["inferred_type_name"] for parameter in found.values())
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_pars", 5), ("n_pairs", "ten")])
+def test_a_wrong_papermill_parameter_fails_the_run(name, value, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=name):
+        papermill.execute_notebook(
+            NOTEBOOKS[0], tmp_path / "out.ipynb", {"profile": "smoke", name: value}, progress_bar=False
+        )

@@ -1,0 +1,110 @@
+import json
+from typing import Optional
+
+import nbformat
+import pytest
+
+from lrs_utils import Ledger
+from lrs_utils.reproduce import _ROOT, begin, printed_summary, versions
+
+
+def namespace(**changes):
+    """What a notebook's globals() hold after its parameters cell and papermill's injected one."""
+    annotations = {"profile": str, "n_pairs": Optional[int], "step": Optional[float], "bounds": Optional[list]}
+    defaults = {"profile": "smoke", "n_pairs": None, "step": None, "bounds": None, "fresh": False, "Optional": Optional}
+    return {"__annotations__": annotations | {"fresh": bool}, "In": [], "Out": {}, **defaults, **changes}
+
+
+def test_parameters_left_none_come_from_the_profile():
+    names = namespace()
+    run = begin("06_ga_search", names)
+    assert (names["n_pairs"], names["bounds"]) == (8, [0.7, 1.2])
+    assert run["n_pairs"] == 8
+    assert not run.overridden
+    assert run.folder == _ROOT / "build" / "smoke"
+    assert begin("06_ga_search", namespace(profile="cpu"))["n_pairs"] == 20
+
+
+def test_given_parameters_win_and_are_named_in_the_command_and_the_folder():
+    names = namespace(profile="cpu", n_pairs=12, step=1)
+    run = begin("06_ga_search", names)
+    assert names["n_pairs"] == run["n_pairs"] == 12
+    assert run.command.endswith("-p profile cpu -p n_pairs 12 -p step 1")
+    assert run.folder == _ROOT / "build" / "cpu,n_pairs=12,step=1"
+    assert versions() in run.provenance
+
+
+def test_only_the_plain_cpu_profile_writes_into_the_repository():
+    assert begin("x", namespace(profile="cpu")).folder == _ROOT
+    assert begin("x", namespace(profile="cpu", n_pairs=20)).folder == _ROOT  # the profile's own value
+    assert begin("x", namespace(profile="gpu")).folder == _ROOT / "build" / "gpu"
+
+
+def test_a_whole_profile_file_may_be_injected():
+    import yaml
+
+    settings = yaml.safe_load((_ROOT / "notebooks" / "profiles" / "gpu.yaml").read_text())
+    assert begin("x", namespace(**settings)).profile == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_pars": 5}, "x has no parameter 'n_pars'; it has profile, n_pairs"),
+        ({"budget": 7}, "x has no parameter 'budget'"),
+        ({"profile": "cluster"}, "profile is 'cluster'; choose one of cpu, gpu, smoke"),
+        ({"n_pairs": "ten"}, r"parameter n_pairs is 'ten' \(str\); it must be int or None"),
+        ({"n_pairs": 2.5}, "parameter n_pairs is 2.5"),
+        ({"n_pairs": True}, "parameter n_pairs is True"),
+        ({"fresh": "yes"}, "parameter fresh is 'yes'"),
+        ({"fresh": 1}, "parameter fresh is 1"),
+    ],
+)
+def test_unknown_and_mistyped_parameters_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        begin("x", namespace(**change))
+
+
+def test_a_setting_that_no_profile_knows_is_named():
+    with pytest.raises(KeyError, match="profile smoke sets no 'temperature'"):
+        begin("x", namespace())["temperature"]
+
+
+def test_fresh_runs_start_with_an_empty_ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRS_CACHE", str(tmp_path))
+    shared = begin("x", namespace()).ledger
+    assert shared.path == tmp_path / "ledger.sqlite"
+    fresh = begin("x", namespace(fresh=True)).ledger
+    assert fresh.path != shared.path
+    assert len(fresh) == 0
+
+
+def test_shipped_outcomes_are_found_like_measured_ones(tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lrs_utils.reproduce._ROOT", tmp_path)
+    profiles = tmp_path / "notebooks" / "profiles"
+    profiles.mkdir(parents=True)
+    (profiles / "cpu.yaml").write_text("profile: cpu\n")
+    names = {"profile": "cpu", "__annotations__": {"profile": str}}
+    run = begin("x", names)
+    run.ledger.record("m", "s", ["q"], np.array([True]), np.array([0.5]))
+    shipped = run.ship([("m", "s")], ["q"])
+    assert shipped == tmp_path / "data" / "results" / "x.outcomes.csv.gz"
+    monkeypatch.setenv("LRS_CACHE", str(tmp_path / "clean"))
+    ledger = begin("y", names).ledger
+    assert isinstance(ledger, Ledger)
+    assert ledger.find("m", "s") == {"q": (True, 0.5)}
+
+
+def test_the_printed_summary_is_that_of_the_tagged_cells(tmp_path):
+    def cell(text, tags):
+        output = nbformat.v4.new_output("stream", text=text)
+        return nbformat.v4.new_code_cell("x", outputs=[output], metadata={"tags": tags})
+
+    table = nbformat.v4.new_output("display_data", {"text/plain": "a table", "text/html": "<b>"})
+    cells = [cell("noise\n", []), cell("found\n", ["summary"]), cell("", ["summary"])]
+    cells[2].outputs = [table]
+    (tmp_path / "x.ipynb").write_text(json.dumps(nbformat.v4.new_notebook(cells=cells)))
+    assert printed_summary(tmp_path / "x.ipynb") == "found\na table"

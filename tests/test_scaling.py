@@ -1,0 +1,225 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def lm(request):
+    return load_lm(f"tiny-{request.param}", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 256, (2, 70), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def with_linear_rope(lm, factor):
+    """The same weights with transformers' own rope type `linear`, in every layer."""
+    config = copy.deepcopy(lm.model.config)
+    rope = config.rope_parameters
+    for parameters in rope.values() if "rope_type" not in rope else [rope]:
+        parameters |= {"rope_type": "linear", "factor": factor}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict(lm.model.state_dict())
+    return model
+
+
+def test_identity_is_bit_identical_to_the_bare_model(lm, ids):
+    bare = logits(lm.model, ids)
+    with LayerScaling.identity(2).applied_to(lm.model):
+        assert torch.equal(logits(lm.model, ids), bare)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.5, 3.0])
+def test_uniform_pi_equals_transformers_linear(lm, ids, factor):
+    with LayerScaling.uniform(factor, 2).applied_to(lm.model):
+        scaled = logits(lm.model, ids)
+    assert torch.equal(scaled, logits(with_linear_rope(lm, factor), ids))
+    assert not torch.equal(scaled, logits(lm.model, ids))
+
+
+def test_each_layer_gets_its_own_factor(ids):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    results = []
+    for factors in [(1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5)]:
+        with LayerScaling(factors).applied_to(lm.model):
+            results.append(logits(lm.model, ids))
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_cached_generation_equals_uncached(lm, ids):
+    with LayerScaling((1.3, 0.8)).applied_to(lm.model):
+        cached = lm.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        uncached = ids
+        for _ in range(12):
+            uncached = torch.cat([uncached, logits(lm.model, uncached)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, uncached)
+
+
+def test_temperature_multiplies_the_attention_logits_of_its_layer(ids):
+    plain, hot = (load_lm("tiny-llama", dtype="float32", device="cpu") for _ in range(2))
+    attention = hot.model.model.layers[1].self_attn
+    attention.scaling *= 1.44
+    with LayerScaling((1.2, 1.2), temperatures=(1.0, 1.44)).applied_to(plain.model):
+        folded = logits(plain.model, ids)
+    with LayerScaling((1.2, 1.2)).applied_to(hot.model):
+        torch.testing.assert_close(folded, logits(hot.model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_temperatures_of_one_are_the_same_scaling():
+    assert LayerScaling((1.2, 1.0), temperatures=(1, 1)) == LayerScaling((1.2, 1.0))
+    assert LayerScaling((1.2, 1.0), temperatures=(1, 1.1)).key != LayerScaling((1.2, 1.0)).key
+
+
+def test_scaling_comes_off_after_the_block_and_after_an_error(lm, ids):
+    bare = logits(lm.model, ids)
+    with pytest.raises(KeyError), LayerScaling.uniform(1.5, 2).applied_to(lm.model):
+        raise KeyError("inside")
+    assert torch.equal(logits(lm.model, ids), bare)
+    with LayerScaling.uniform(1.5, 2).applied_to(lm.model):
+        pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+
+
+def test_gradients_reach_a_scaled_model_with_checkpointing(ids):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    lm.model.requires_grad_(True).train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.model.zero_grad()
+        with LayerScaling((1.3, 0.8)).applied_to(lm.model):
+            lm.model(ids, labels=ids).loss.backward()
+        grads.append(lm.model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_nested_use_is_refused(tiny, ids):
+    scaling = LayerScaling.uniform(1.5, 2)
+    with scaling.applied_to(tiny.model):
+        with pytest.raises(ValueError, match="tiny-llama is already scaled"), scaling.applied_to(tiny.model):
+            pass
+        inside = logits(tiny.model, ids)
+    with scaling.applied_to(tiny.model):  # the refusal left nothing behind
+        assert torch.equal(logits(tiny.model, ids), inside)
+
+
+def test_wrong_number_of_factors_is_refused(tiny):
+    message = "factors has 30 values but tiny-llama has 2 layers"
+    with pytest.raises(ValueError, match=message), LayerScaling.identity(30).applied_to(tiny.model):
+        pass
+
+
+@pytest.mark.parametrize("bad", [0, -1.5, math.nan, math.inf, "x", None])
+def test_a_factor_that_is_no_positive_number_is_refused(bad):
+    with pytest.raises(ValueError, match=r"factors\[1\] is .*positive finite"):
+        LayerScaling((1.0, bad))
+    with pytest.raises(ValueError, match=r"temperatures\[0\]"):
+        LayerScaling((1.0, 1.0), temperatures=(bad, 1.0))
+
+
+def test_unknown_scheme_and_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="scheme 'linear' is unknown; choose one of pi"):
+        LayerScaling((1.0,), scheme="linear")
+    with pytest.raises(ValueError, match="temperatures has 1 values but factors has 2"):
+        LayerScaling((1.0, 1.0), temperatures=(1.0,))
+    with pytest.raises(ValueError, match="factors is empty"):
+        LayerScaling(())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "family", "settings"),
+    [
+        ("gpt2", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+        ("mpt", "MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+        ("gptj", "GPTJForCausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    ],
+)
+def test_a_family_out_of_reach_is_refused_by_name(model_type, family, settings):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=300, **settings))
+    with pytest.raises(ValueError, match=f"{family} can't be scaled"), LayerScaling.identity(2).applied_to(model):
+        pass
+
+
+def test_a_layer_whose_positions_are_made_elsewhere_is_never_ignored_silently(ids):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    rotary = copy.deepcopy(lm.model.model.rotary_emb)
+    lm.model.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"position_embeddings": rotary(args[0], torch.arange(70)[None])}),
+        with_kwargs=True,
+    )
+    with (
+        LayerScaling.uniform(1.5, 2).applied_to(lm.model),
+        pytest.raises(RuntimeError, match="factor would have been ignored"),
+    ):
+        logits(lm.model, ids)
+
+
+def test_rope_types_that_recompute_their_frequencies_are_refused():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    config = copy.deepcopy(lm.model.config)
+    config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="rope type 'dynamic'"), LayerScaling.uniform(1.5, 2).applied_to(model):
+        pass
+
+
+def test_temperatures_are_refused_where_only_a_part_of_the_head_is_rotated():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("stablelm", vocab_size=300, num_key_value_heads=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    scaling = LayerScaling((1.0, 1.0), temperatures=(1.1, 1.1))
+    with pytest.raises(ValueError, match="StableLmForCausalLM rotates 2 of 8"), scaling.applied_to(model):
+        pass
+
+
+def test_factor_files_keep_scaling_and_provenance(tmp_path):
+    scaling = LayerScaling((1.25, 0.9), temperatures=(1.0, 1.1))
+    save_factors(tmp_path / "new" / "f.json", scaling, model="tiny", held_out={"accuracy": 0.5, "interval": [0.4, 0.6]})
+    assert load_factors(tmp_path / "new" / "f.json") == scaling
+    content = json.loads((tmp_path / "new" / "f.json").read_text())
+    assert content["version"] == 1
+    assert content["held_out"]["interval"] == [0.4, 0.6]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["f.json"]
+
+
+def test_a_failed_save_leaves_the_old_factor_file(tmp_path):
+    path = tmp_path / "f.json"
+    save_factors(path, LayerScaling((1.0,)))
+    with pytest.raises(ValueError, match="Out of range"):
+        save_factors(path, LayerScaling((2.0,)), accuracy=math.nan)
+    with pytest.raises(ValueError, match="factors: the file format uses that name"):
+        save_factors(path, LayerScaling((2.0,)), factors=1)
+    assert load_factors(path) == LayerScaling((1.0,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a factor file"),
+        ("[1, 2]", "is not a factor file"),
+        ('{"format": "other"}', "is not a factor file"),
+        ('{"format": "lrs-factors", "version": 9}', "version 9"),
+        ('{"format": "lrs-factors", "version": 1, "scheme": "pi"}', "lacks the field 'factors'"),
+        ('{"format": "lrs-factors", "version": 1, "scheme": "pi", "factors": [1, -1]}', r"factors\[1\] is -1"),
+    ],
+)
+def test_a_bad_factor_file_is_refused_with_its_name(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"bad.json.*{message}"):
+        load_factors(path)

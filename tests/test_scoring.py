@@ -1,0 +1,157 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.scoring import contains_answer, generate_answers
+from lrs_utils.tasks import Probe, Question, Suite
+
+SCALINGS = {2: LayerScaling((1.4, 0.8)), 30: LayerScaling([0.9] * 12 + [1.0] * 18)}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
+
+
+def decoded(lm, probe, question, n_tokens):
+    """Greedy text of one question alone, by model.generate."""
+    text = probe.context + question.prompt + question.answer_prefix
+    prompt = lm.tokenizer(text, return_tensors="pt").to(lm.model.device)
+    n = prompt["input_ids"].shape[1]
+    new = lm.model.generate(**prompt, max_new_tokens=n_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return lm.tokenizer.decode(new[0, n:])
+
+
+def with_answers(suite, answers):
+    """The suite with other answers: a random model is right about nothing but its own words."""
+    probes = []
+    for probe, texts in zip(suite.probes, answers, strict=True):
+        questions = (dataclasses.replace(q, answer=a) for q, a in zip(probe.questions, texts, strict=True))
+        probes.append(Probe(probe.context, tuple(questions), probe.n_items))
+    return Suite("answers", tuple(probes))
+
+
+def reference_nll(lm, probe, question):
+    """Mean nll of the answer from one plain forward pass over this question alone."""
+    text = probe.context + question.prompt + question.answer_prefix
+    n = len(lm.tokenizer(text)["input_ids"])
+    ids = torch.tensor([lm.tokenizer(text + question.answer)["input_ids"]])
+    with torch.no_grad():
+        logits = lm.model(ids).logits[0, n - 1 : -1].float()
+    return F.cross_entropy(logits, ids[0, n:]).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verdict_and_nll_equal_one_question_at_a_time(family):
+    lm = load_lm(f"tiny-{family}", dtype="float32", device="cpu")
+    asked = tasks.kv_retrieval(n_pairs=5, n_contexts=4, seed=2, keys="short")  # 20 questions, about 200 tokens
+    scaling = SCALINGS[2]
+    with scaling.applied_to(lm.model):
+        own = [[decoded(lm, p, q, 3 + q.position) for q in p.questions] for p in asked.probes]
+        # every second answer is what the model says (of different lengths), the others differ in the last letter
+        answers = [[a if i % 2 else a[:-1] + ("x" if a[-1] != "x" else "y") for i, a in enumerate(p)] for p in own]
+        suite = with_answers(asked, answers)
+        expected = np.array([[a == o for a, o in zip(*row, strict=True)] for row in zip(answers, own, strict=True)])
+        nll = np.array([[reference_nll(lm, p, q) for q in p.questions] for p in suite.probes])
+    outcomes = score(lm, suite, [LayerScaling.identity(2), scaling])
+    assert outcomes.exact.shape == (2, 4, 5)
+    np.testing.assert_array_equal(outcomes.exact[1], expected)
+    assert 0 < expected.mean() < 1
+    np.testing.assert_allclose(outcomes.nll[1], nll, atol=1e-4)
+    assert np.abs(outcomes.nll[0] - nll).max() > 1e-3  # the scaling matters to this model
+
+
+@pytest.mark.parametrize("scaling", [LayerScaling.identity(30), SCALINGS[30]], ids=["unscaled", "scaled"])
+def test_smollm2_verdicts_equal_generate_on_fifty_questions(smollm2, scaling):
+    suite = tasks.kv_retrieval(n_pairs=10, n_contexts=5, seed=4, keys="short")
+    with scaling.applied_to(smollm2.model):
+        expected = [[decoded(smollm2, p, q, 5) == q.answer for q in p.questions] for p in suite.probes]
+    np.testing.assert_array_equal(score(smollm2, suite, [scaling]).exact[0], expected)
+    assert 0 < np.mean(expected) < 1
+
+
+def test_smollm2_loses_the_middle(smollm2):
+    outcomes = score(smollm2, tasks.kv_retrieval(20, 6, keys="short", positions=[0, 9]), [LayerScaling.identity(30)])
+    first, middle = outcomes.exact[0].mean(axis=0)
+    assert first > middle
+    assert outcomes.nll[0, :, 0].mean() < outcomes.nll[0, :, 1].mean()
+
+
+def test_branches_in_groups_give_the_same(tiny, monkeypatch):
+    suite = tasks.kv_retrieval(6, 2, keys="short")
+    whole = score(tiny, suite, [SCALINGS[2]])
+    monkeypatch.setattr("lrs_utils.scoring._BRANCH_BYTES", 1)  # one branch a group
+    np.testing.assert_allclose(score(tiny, suite, [SCALINGS[2]]).nll, whole.nll, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(tiny):
+    suite = tasks.kv_retrieval(2, 1, keys="short")
+    ids = torch.arange(50)[None]
+    before, attention = tiny.model(ids).logits, tiny.model.config._attn_implementation
+    score(tiny, suite, [SCALINGS[2]])
+    assert tiny.model.config._attn_implementation == attention
+    assert torch.equal(tiny.model(ids).logits, before)
+
+
+def test_outcomes_in_the_ledger_are_not_measured_again(tiny, tmp_path):
+    suite = tasks.kv_retrieval(4, 3, keys="short")
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    first = score(tiny, suite, [SCALINGS[2]], ledger=ledger)
+    assert first.recomputed == len(ledger) == 12
+    again = score(tiny, suite, [LayerScaling.identity(2), SCALINGS[2]], ledger=ledger)
+    assert again.recomputed == 12
+    np.testing.assert_array_equal(again.nll[1], first.nll[0])
+    np.testing.assert_array_equal(again.exact[1], first.exact[0])
+    fewer = score(tiny, tasks.kv_retrieval(4, 2, keys="short", positions=[3, 0]), [SCALINGS[2]], ledger=ledger)
+    assert fewer.recomputed == 0
+    np.testing.assert_array_equal(fewer.nll[0], first.nll[0, :2, [3, 0]].T)
+
+
+def test_another_model_or_precision_finds_nothing_in_the_ledger(tiny, tmp_path):
+    ledger, suite = Ledger(tmp_path / "ledger.sqlite"), tasks.kv_retrieval(3, 1, keys="short")
+    score(tiny, suite, [SCALINGS[2]], ledger=ledger)
+    for lm in (load_lm("tiny-llama", dtype="bfloat16", device="cpu"), load_lm("tiny-qwen3", dtype="float32")):
+        assert score(lm, suite, [SCALINGS[2]], ledger=ledger).recomputed == 3
+
+
+def test_a_prompt_longer_than_the_window_is_refused_with_the_numbers(tiny):
+    suite = tasks.kv_retrieval(110, 1, keys="short", positions=[0])  # 20 bytes, so 20 tokens, a pair
+    with pytest.raises(ValueError, match=r"context 0 of kv-short-110 has 2,\d+ tokens .* tiny-llama reads 2,048"):
+        score(tiny, suite, [LayerScaling.identity(2)])
+    assert score(tiny, suite, [LayerScaling.identity(2)], extrapolate=True).recomputed == 1
+    assert score(tiny, suite, [LayerScaling((1.5, 1.2))]).recomputed == 1  # each layer's positions fit
+    with pytest.raises(ValueError, match=r"reads 1,638 \(window 2,048 x smallest factor 0.8\)"):
+        score(tiny, suite, [LayerScaling((1.5, 0.8))])
+    with pytest.raises(ValueError, match="reads 2,048"):
+        generate_answers(tiny, suite, LayerScaling.identity(2))
+
+
+def test_an_answer_that_merges_with_its_prompt_is_refused(smollm2):
+    suite = Suite("merging", (Probe("Say: ", (Question("hel", "", "lo", 0),), 1),))
+    with pytest.raises(ValueError, match=r"the answer 'lo' .* merges with its prompt"):
+        score(smollm2, suite, [LayerScaling.identity(30)])
+
+
+def test_a_wrong_number_of_factors_is_refused(tiny):
+    with pytest.raises(ValueError, match="factors has 30 values but tiny-llama has 2 layers"):
+        score(tiny, tasks.kv_retrieval(2, 1, keys="short"), [LayerScaling.identity(30)])
+
+
+def test_free_answers_equal_generate_on_each_question_alone(smollm2):
+    suite = tasks.kv_retrieval(8, 2, seed=5, keys="short")
+    scaling = SCALINGS[30]
+    answers = generate_answers(smollm2, suite, scaling, max_new_tokens=12)
+    bare = dataclasses.replace(suite.probes[0].questions[0], answer_prefix="")
+    with scaling.applied_to(smollm2.model):
+        for probe, texts in zip(suite.probes, answers, strict=True):
+            for question, text in zip(probe.questions, texts, strict=True):
+                alone = decoded(smollm2, probe, dataclasses.replace(question, answer_prefix=bare.answer_prefix), 12)
+                assert alone.startswith(text)  # free answers end at the end-of-text token
+    contained = contains_answer(suite, answers)
+    assert contained.shape == (2, 8)
+    assert 0 < contained.mean() < 1
+
+
+def test_a_contained_answer_counts_in_any_case():
+    suite = Suite("s", (Probe("c", (Question("q", "", "AbC", 0), Question("q", "", "abc", 1)), 2),))
+    np.testing.assert_array_equal(contains_answer(suite, [["it is abc.", "ab c"]]), [[True, False]])
