@@ -1,7 +1,6 @@
 # make demo: a search on a real model, in minutes.   make test: everything CI checks.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
-SHORT := -p keys short -p n_contexts 12 -p budget 32 -p n_test_contexts 40
 # one line of output a step, also when a terminal is attached to make
 RUN := $(BIN)/papermill --log-output --no-progress-bar
 
@@ -9,7 +8,7 @@ RUN := $(BIN)/papermill --log-output --no-progress-bar
 
 demo: model
 	@mkdir -p build
-	$(RUN) notebooks/06_ga_search.ipynb build/demo.ipynb -p profile cpu $(SHORT)
+	$(RUN) notebooks/06_ga_search.ipynb build/demo.ipynb -p profile demo
 	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
 
 test: lint model

@@ -9,6 +9,7 @@ import gzip
 import io
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,14 +59,15 @@ class Ledger:
                 raise
 
     def _open(self) -> None:
-        (owner,) = self._db.execute("PRAGMA application_id").fetchone()
+        # emptiness before owner: a process that makes the ledger between the two must not look like a stranger
         empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+        (owner,) = self._db.execute("PRAGMA application_id").fetchone()
         if owner != _APPLICATION_ID and not (owner == 0 and empty):
             raise LedgerError(f"{self.path} is another program's SQLite file, not a ledger; give another path")
         (health,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if health != "ok":
             raise sqlite3.DatabaseError(health)
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._use_write_ahead_log()
         self._db.execute("PRAGMA synchronous = NORMAL")  # survives any kill; a power cut may cost the last second
         if empty:
             with self._transaction():
@@ -73,6 +75,17 @@ class Ledger:
                     self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     for statement in _SCHEMA.strip().split(";\n"):
                         self._db.execute(statement)
+
+    def _use_write_ahead_log(self) -> None:
+        patience = time.monotonic() + 60
+        while True:  # SQLite's own timeout doesn't cover this switch, which needs the file for itself
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > patience:
+                    raise
+                time.sleep(0.02)
 
     def find(self, model: str, scaling: str) -> dict[str, tuple[bool, float]]:
         """All outcomes of one candidate: question key -> (exact, nll)."""
@@ -86,10 +99,15 @@ class Ledger:
 
     def record(
         self, model: str, scaling: str, questions: Sequence[str], exact: NDArray[np.bool_], nll: NDArray[np.float64]
-    ) -> None:
-        """Write the outcomes of one context, all or none. What another process wrote first stays."""
+    ) -> list[tuple[bool, float]]:
+        """Write the outcomes of one context, all or none; returns what now stands there.
+
+        What another process wrote first stays, so that all processes go on with the same numbers.
+        """
         with self._explained(), self._transaction():
             self._insert(model, scaling, zip(questions, map(int, exact), map(float, nll), strict=True))
+            standing = self.find(model, scaling)
+        return [standing[question] for question in questions]
 
     def __len__(self) -> int:
         with self._explained():
@@ -124,8 +142,11 @@ class Ledger:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows(rows)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))  # mtime=0: same rows, same bytes
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = text.getvalue().encode()
+        if not path.exists() or gzip.decompress(path.read_bytes()).partition(b"\n")[2] != content.partition(b"\n")[2]:
+            path.write_bytes(gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
         return len(rows)
 
     def load(self, path: str | Path) -> int:

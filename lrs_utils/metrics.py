@@ -51,7 +51,8 @@ def first_middle_last(depths: ArrayLike) -> list[int]:
     depths = np.asarray(depths, float)
     if not (np.isin([0.0, 1.0], depths).all() and len(depths) >= 3):
         raise ValueError(f"U needs questions at depths 0, about 0.5 and 1; there are {np.round(depths, 3).tolist()}")
-    return [int(np.argmin(np.abs(depths - d))) for d in (0.0, 0.5, 1.0)]
+    # of an even number of items the earlier of the two middle ones: item (n-1)//2
+    return [int(np.argmin(np.abs(depths - d))) for d in (0.0, 0.5 - 1e-9, 1.0)]
 
 
 def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,9 @@ _log = logging.getLogger(__name__)
 class LM:
     """A causal language model with its tokenizer.
 
-    `fingerprint` identifies what the model computes: its architecture, every weight and the dtype. Measured
-    outcomes are filed under it, so another checkpoint or another precision never reads them by mistake.
+    `fingerprint` tells models apart: class, every weight, dtype, the settings that change what weights compute, and
+    how the tokenizer splits text. Measured outcomes are filed under it, so another checkpoint or precision never
+    reads them by mistake.
     """
 
     model: PreTrainedModel
@@ -112,7 +114,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
         model.config._name_or_path = "SmolLM2-135M"
     nn.Module.to(model.requires_grad_(False), device)
     model.train(False)
-    lm = LM(model, tokenizer, name, _fingerprint(model))
+    lm = LM(model, tokenizer, name, _fingerprint(model, tokenizer))
     _log.info("loaded %r", lm)
     return lm
 
@@ -148,16 +150,18 @@ def _checked_source(name: str) -> str:
     )
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
-    config = {k: v for k, v in model.config.to_dict().items() if k in _CONFIG_THAT_COUNTS}
+    config = {k: v for k, v in model.config.get_text_config().to_dict().items() if k in _CONFIG_THAT_COUNTS}
     digest.update(repr(sorted(config.items(), key=lambda item: item[0])).encode())
+    digest.update(repr(tokenizer(_SAMPLE)["input_ids"]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
+_SAMPLE = ' Key: "3f2a-9b",\n\tIt\'s the 21st of May; naïve 東京 \\{x} <s> HELLO  world.\r\n' + string.printable
 # Settings that change what given weights compute; the rest of a config is bookkeeping that differs by release.
 _CONFIG_THAT_COUNTS = {
     "rope_parameters",
@@ -165,7 +169,14 @@ _CONFIG_THAT_COUNTS = {
     "no_rope_layers",
     "sliding_window",
     "rms_norm_eps",
+    "norm_eps",
+    "layer_norm_eps",
     "hidden_act",
+    "hidden_activation",
+    "num_experts_per_tok",
+    "clip_qkv",
+    "logit_scale",
+    "attn_logit_softcapping",
     "num_attention_heads",
     "attention_multiplier",
     "residual_multiplier",

@@ -61,10 +61,10 @@ class Progress:
             self._bar = None
         elif time.monotonic() - self._began > _SECONDS_BETWEEN_LINES:
             self._print()
-        if _in_kernel():
-            from IPython.display import clear_output
+            if _in_kernel():  # whoever follows the run has seen the lines; the saved notebook doesn't keep them
+                from IPython.display import clear_output
 
-            clear_output()  # type: ignore[no-untyped-call]
+                clear_output()  # type: ignore[no-untyped-call]
 
 
 def _in_kernel() -> bool:

@@ -93,7 +93,10 @@ class Run:
     @property
     def command(self) -> str:
         """The command that runs this notebook with these settings."""
-        changes = "".join(f" -p {name} {value}" for name, value in self.overridden.items())
+        changes = "".join(
+            f" -y '{name}: {value}'" if isinstance(value, list) else f" -p {name} {value}"
+            for name, value in self.overridden.items()
+        )
         return f"papermill notebooks/{self.notebook}.ipynb out.ipynb -p profile {self.profile}{changes}"
 
     @property
@@ -125,17 +128,20 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     settings = yaml.safe_load(profiles[profile].read_text(encoding="utf-8"))
     for name, value in namespace.items():
         plain = isinstance(value, bool | int | float | str | list | tuple | dict | NoneType)
-        if name in declared or not plain or name.startswith("_") or name in _IPYTHON_NAMES:
+        if "_begun" in namespace or name in declared or not plain or name.startswith("_") or name in _IPYTHON_NAMES:
             continue
         if name not in settings or settings[name] != value:  # `papermill -f profiles/x.yaml` brings all of a profile
             raise ValueError(f"{notebook} has no parameter {name!r}; it has {', '.join(declared)}")
+    namespace["_begun"] = True  # cells run again in this kernel: the notebook's own names are no parameters
     overridden = {}
     for name, kind in declared.items():
         value = namespace[name]
         allowed = typing.get_args(kind) or (kind,)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             names = " or ".join("None" if a is NoneType else a.__name__ for a in allowed)
-            raise ValueError(f"parameter {name} is {value!r} ({type(value).__name__}); it must be {names}")
+            raise ValueError(
+                f"parameter {name} is {value!r} ({type(value).__name__}); it must be {names} (lists: papermill -y)"
+            )
         if NoneType not in allowed:
             continue
         if value is not None and value != settings.get(name):

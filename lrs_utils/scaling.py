@@ -37,7 +37,8 @@ class LayerScaling:
     ----------
     factors : sequence of float, shape (layers,)
         s_l > 0. Above 1 attention decays more slowly with distance, below 1 faster; exactly 1 leaves the
-        layer's own tables in place, bit for bit.
+        layer's own tables in place, bit for bit. Layers without rotary positions (SmolLM3 has some) have
+        nothing to scale, so their factor changes nothing.
     scheme : str
         How a factor enters the frequencies. "pi": position interpolation, every frequency divided by s_l
         (2306.15595, Eq. 4; transformers' rope type "linear").
@@ -235,6 +236,11 @@ def _reachable_decoder(model: PreTrainedModel) -> Any:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
         raise ValueError(f"{family} can't be scaled by layer: its decoder has no `layers` with a shared `rotary_emb`")
+    strange = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if strange:
+        raise ValueError(
+            f"{family} can't be scaled by layer: its {', '.join(sorted(strange))} layers read no positions"
+        )
     if any("position_embeddings" not in inspect.signature(layer.forward).parameters for layer in layers):
         raise ValueError(f"{family} can't be scaled by layer: its layers take no `position_embeddings`")
     return decoder

@@ -8,8 +8,9 @@ compared at each step, which by induction is the verdict of greedy decoding.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,9 @@ def score(
         for c, scaling in enumerate(scalings):
             found = ledger.find(lm.fingerprint, scaling.key)
             for p, probe in enumerate(suite.probes):
-                known = [found.get(key) for key in probe.keys]
-                if all(known):
-                    exact[c, p], nll[c, p] = zip(*(outcome for outcome in known if outcome), strict=True)
+                for q, key in enumerate(probe.keys):
+                    if key in found:
+                        exact[c, p, q], nll[c, p, q] = found[key]
     missing = np.isnan(nll).any(axis=2)
     with _packed_attention(lm), (progress or Progress(missing.size, "scoring")).entered() as bar:
         bar.advance(int((~missing).sum()))
@@ -94,21 +95,28 @@ def score(
             if not missing[:, p].any():
                 continue
             where = f"context {p} of {suite.name}"
-            packed = _pack(lm, probe, where)
+            packs: dict[tuple[int, ...], _Packed] = {}  # by the questions asked: nearly always all of them
             for c in map(int, np.flatnonzero(missing[:, p])):
+                asked = tuple(map(int, np.flatnonzero(np.isnan(nll[c, p]))))
+                if asked not in packs:
+                    packs[asked] = _pack(lm, replace(probe, questions=tuple(probe.questions[q] for q in asked)), where)
                 if not extrapolate:
-                    _refuse_beyond_window(lm, packed.length, scalings[c], where)
-                exact[c, p], nll[c, p] = _forward(lm, packed, scalings[c])
-                recomputed += len(probe.questions)
+                    _refuse_beyond_window(lm, packs[asked].length, scalings[c], where)
+                exact[c, p, asked], nll[c, p, asked] = _forward(lm, packs[asked], scalings[c])
+                recomputed += len(asked)
                 if ledger is not None:
-                    ledger.record(lm.fingerprint, scalings[c].key, probe.keys, exact[c, p], nll[c, p])
+                    keys = [probe.keys[q] for q in asked]
+                    standing = ledger.record(
+                        lm.fingerprint, scalings[c].key, keys, exact[c, p, asked], nll[c, p, asked]
+                    )
+                    exact[c, p, asked], nll[c, p, asked] = zip(*standing, strict=True)
                 bar.advance(1)
     return Outcomes(exact, nll, suite.depths, recomputed)
 
 
 @torch.inference_mode()
 def generate_answers(
-    lm: LM, suite: Suite, scaling: LayerScaling, *, max_new_tokens: int = 100, progress: Progress | None = None
+    lm: LM, suite: Suite, scaling: LayerScaling, *, max_new_tokens: int = 100, extrapolate: bool = False
 ) -> list[list[str]]:
     """Let the model answer freely: greedy text for each question, without answer prefix (the authors' protocol).
 
@@ -120,12 +128,13 @@ def generate_answers(
     """
     answers = []
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
-    with scaling.applied_to(lm.model), (progress or Progress(len(suite.probes), "answering")).entered() as bar:
+    with scaling.applied_to(lm.model), Progress(len(suite.probes), "answering").entered() as bar:
         for p, probe in enumerate(suite.probes):
             prompts = [lm.tokenizer(probe.context + q.prompt)["input_ids"] for q in probe.questions]
             n_context = _shared_prefix(prompts)
             longest = max(map(len, prompts))
-            _refuse_beyond_window(lm, longest + max_new_tokens, scaling, f"context {p} of {suite.name}")
+            if not extrapolate:
+                _refuse_beyond_window(lm, longest + max_new_tokens, scaling, f"context {p} of {suite.name}")
             # questions of different lengths are padded between context and question, where a mask hides it
             rows = [ids[:n_context] + [pad] * (longest - len(ids)) + ids[n_context:] for ids in prompts]
             masks = [[1] * n_context + [0] * (longest - len(ids)) + [1] * (len(ids) - n_context) for ids in prompts]
@@ -140,6 +149,7 @@ def generate_answers(
                 past_key_values=cache,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # some models ship one, and it would forbid copying
                 pad_token_id=pad,
             )
             answers.append(lm.tokenizer.batch_decode(texts[:, longest:], skip_special_tokens=True))
@@ -168,7 +178,7 @@ class _Packed:
     branch_length: int
     judged: Tensor  # (answer tokens of all questions,): where in the sequence each is predicted
     targets: Tensor  # like judged: the token that should come
-    owner: Tensor  # like judged: its question
+    owner: NDArray[np.int64]  # like judged: its question
 
     @property
     def length(self) -> int:
@@ -212,7 +222,7 @@ def _pack(lm: LM, probe: Probe, where: str) -> _Packed:
         longest,
         torch.tensor(judged, device=device),
         torch.tensor(targets, device=device),
-        torch.tensor(owner, device=device),
+        np.array(owner),
     )
 
 
@@ -243,14 +253,14 @@ def _forward(lm: LM, packed: _Packed, scaling: LayerScaling) -> tuple[NDArray[np
     finally:
         _layout.reset(layout)
     logits = logits.float()
-    hit = (logits.argmax(-1) == packed.targets).float()
-    loss = F.cross_entropy(logits, packed.targets, reduction="none")
-    n_tokens = torch.bincount(packed.owner, minlength=packed.n_branches)
-    hits = torch.zeros_like(n_tokens, dtype=torch.float32).index_add_(0, packed.owner, hit)
-    nll = torch.zeros_like(hits).index_add_(0, packed.owner, loss) / n_tokens
-    if not torch.isfinite(nll).all():
+    hit = (logits.argmax(-1) == packed.targets).cpu().numpy()
+    loss = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
+    # summed on the CPU: a GPU adds in any order, and nll decides between candidates
+    n_tokens = np.bincount(packed.owner)
+    nll = (np.bincount(packed.owner, loss) / n_tokens).astype(np.float32).astype(float)  # as much as an export keeps
+    if not np.isfinite(nll).all():
         raise FloatingPointError(f"{lm.name} gave a non-finite likelihood under {scaling}; try dtype float32")
-    return (hits == n_tokens).cpu().numpy(), nll.double().cpu().numpy()
+    return np.bincount(packed.owner, hit) == n_tokens, nll
 
 
 _layout: ContextVar[_Packed] = ContextVar("layout")
@@ -275,13 +285,17 @@ def _attend_packed(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | EllipsisType | None = ...,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed probe: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
     for unsupported in ("softcap", "s_aux"):
         if kwargs.get(unsupported) is not None:
             raise ValueError(f"{type(module).__name__} uses {unsupported}, which packed scoring does not know")
+    if isinstance(sliding_window, EllipsisType):  # not handed over: the family has it in its mask, or has none
+        if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
+            raise ValueError(f"{type(module).__name__} hides its sliding window from packed scoring")
+        sliding_window = None
     at = _layout.get()
     n = at.n_context
     head, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]

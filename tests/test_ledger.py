@@ -2,6 +2,8 @@ import gzip
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ def test_what_is_recorded_is_found_also_by_another_process(ledger):
 
 def test_the_first_writer_of_an_outcome_wins(ledger):
     ledger.record("m", "s", KEYS[:1], EXACT[:1], NLL[:1])
-    ledger.record("m", "s", KEYS, ~EXACT, NLL + 1)
+    standing = ledger.record("m", "s", KEYS, ~EXACT, NLL + 1)
+    assert standing == [(True, NLL[0]), (True, NLL[1] + 1), (False, NLL[2] + 1)]
     assert ledger.find("m", "s") == {"q0": (True, NLL[0]), "q1": (True, NLL[1] + 1), "q2": (False, NLL[2] + 1)}
 
 
@@ -51,6 +54,20 @@ def test_two_processes_write_at_once(tmp_path):
     ledger = Ledger(path)
     assert len(ledger) == 400
     assert len(ledger.find("m", "a")) == len(ledger.find("m", "b")) == 200
+
+
+def test_a_new_ledger_may_be_opened_by_several_at_once(tmp_path):
+    def open_and_write(at):
+        round_, writer = at
+        barriers[round_].wait()
+        with Ledger(tmp_path / f"{round_}.sqlite") as ledger:
+            ledger.record("m", str(writer), KEYS, EXACT, NLL)
+
+    barriers = [threading.Barrier(4) for _ in range(25)]
+    with ThreadPoolExecutor(4) as pool:
+        for round_ in range(25):
+            list(pool.map(open_and_write, [(round_, writer) for writer in range(4)]))
+            assert len(Ledger(tmp_path / f"{round_}.sqlite")) == 12
 
 
 def test_a_foreign_database_is_refused_and_left_alone(tmp_path):
@@ -111,6 +128,9 @@ def test_exported_outcomes_come_back_exactly(ledger, tmp_path):
     path = tmp_path / "out" / "x.csv.gz"
     assert ledger.export(path, [("m", "pi|1.0,0.9"), ("m", "unknown")], KEYS[:2], "made by a test") == 2
     assert gzip.decompress(path.read_bytes()).decode().startswith("# made by a test\nmodel,scaling,")
+    before = path.read_bytes()
+    ledger.export(path, [("m", "pi|1.0,0.9")], KEYS[:2], "found again by another")
+    assert path.read_bytes() == before
     other = Ledger(tmp_path / "other.sqlite")
     assert other.load(path) == other.load(path) == len(other) == 2
     assert other.find("m", "pi|1.0,0.9") == {k: ledger.find("m", "pi|1.0,0.9")[k] for k in KEYS[:2]}

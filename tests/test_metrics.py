@@ -14,6 +14,8 @@ def test_utilisation_weighs_first_middle_and_last():
 
 def test_the_middle_is_the_depth_nearest_to_one_half():
     assert first_middle_last([1, 0.3, 0.45, 0]) == [3, 2, 0]
+    for n in (8, 19, 20, 40, 75, 140):
+        assert first_middle_last(np.arange(n) / (n - 1)) == [0, (n - 1) // 2, n - 1]
 
 
 def test_bad_weights_and_depths_are_refused():

@@ -7,6 +7,7 @@ import papermill
 import pytest
 
 from lrs_utils.models import cache_folder
+from lrs_utils.reproduce import printed_summary
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -25,6 +26,7 @@ def clean_cache(tmp_path, monkeypatch, smollm2):
 def test_runs_at_smoke(path, clean_cache, tmp_path):
     papermill.execute_notebook(path, tmp_path / "out.ipynb", {"profile": "smoke"}, progress_bar=False)
     assert (clean_cache / "ledger.sqlite").exists()
+    assert len(printed_summary(tmp_path / "out.ipynb").splitlines()) >= 3
     assert_outputs_are_pictures_and_short_text(nbformat.read(tmp_path / "out.ipynb", as_version=4))
 
 
@@ -36,6 +38,7 @@ def test_is_committed_as_the_cpu_profile_left_it(path):
     assert not any("injected-parameters" in cell.metadata.get("tags", []) for cell in code)
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
     assert_outputs_are_pictures_and_short_text(notebook)
+    assert "profile cpu, seed 0" in path.read_text()
     assert not re.search(r"\b[A-Z]+_TEXT\b|COST_|LEARNED", path.read_text())
 
 

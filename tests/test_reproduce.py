@@ -30,6 +30,7 @@ def test_given_parameters_win_and_are_named_in_the_command_and_the_folder():
     run = begin("06_ga_search", names)
     assert names["n_pairs"] == run["n_pairs"] == 12
     assert run.command.endswith("-p profile cpu -p n_pairs 12 -p step 1")
+    assert begin("x", namespace(bounds=[1.0, 1.5])).command.endswith("-y 'bounds: [1.0, 1.5]'")
     assert run.folder == _ROOT / "build" / "cpu,n_pairs=12,step=1"
     assert versions() in run.provenance
 
@@ -52,7 +53,7 @@ def test_a_whole_profile_file_may_be_injected():
     [
         ({"n_pars": 5}, "x has no parameter 'n_pars'; it has profile, n_pairs"),
         ({"budget": 7}, "x has no parameter 'budget'"),
-        ({"profile": "cluster"}, "profile is 'cluster'; choose one of cpu, gpu, smoke"),
+        ({"profile": "cluster"}, "profile is 'cluster'; choose one of cpu, demo, gpu, smoke"),
         ({"n_pairs": "ten"}, r"parameter n_pairs is 'ten' \(str\); it must be int or None"),
         ({"n_pairs": 2.5}, "parameter n_pairs is 2.5"),
         ({"n_pairs": True}, "parameter n_pairs is True"),
@@ -63,6 +64,13 @@ def test_a_whole_profile_file_may_be_injected():
 def test_unknown_and_mistyped_parameters_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         begin("x", namespace(**change))
+
+
+def test_a_notebook_may_be_run_again_in_the_same_kernel():
+    names = namespace()
+    begin("x", names)
+    names |= {"middle": 3, "n_pairs": 12}  # the notebook's own name, and a parameter edited by hand
+    assert begin("x", names)["n_pairs"] == 12
 
 
 def test_a_setting_that_no_profile_knows_is_named():

@@ -155,6 +155,25 @@ def test_a_family_out_of_reach_is_refused_by_name(model_type, family, settings):
         pass
 
 
+def test_layers_that_take_no_position_embeddings_are_refused_by_name():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    lm.model.model.layers[1] = torch.nn.Linear(32, 32)
+    with (
+        pytest.raises(ValueError, match=r"LlamaForCausalLM can't be scaled .* take no `position_embeddings`"),
+        LayerScaling.identity(2).applied_to(lm.model),
+    ):
+        pass
+
+
+def test_a_family_with_layers_that_read_no_positions_is_refused_by_name():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("lfm2", vocab_size=300, layer_types=["conv", "full_attention"], **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    message = "Lfm2ForCausalLM can't be scaled by layer: its conv layers read no positions"
+    with pytest.raises(ValueError, match=message), LayerScaling.uniform(1.5, 2).applied_to(model):
+        pass
+
+
 def test_a_layer_whose_positions_are_made_elsewhere_is_never_ignored_silently(ids):
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
     rotary = copy.deepcopy(lm.model.model.rotary_emb)

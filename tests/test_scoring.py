@@ -62,8 +62,8 @@ def test_verdict_and_nll_equal_one_question_at_a_time(family):
 
 
 @pytest.mark.parametrize("scaling", [LayerScaling.identity(30), SCALINGS[30]], ids=["unscaled", "scaled"])
-def test_smollm2_verdicts_equal_generate_on_fifty_questions(smollm2, scaling):
-    suite = tasks.kv_retrieval(n_pairs=10, n_contexts=5, seed=4, keys="short")
+def test_smollm2_verdicts_equal_generate_on_a_hundred_questions(smollm2, scaling):
+    suite = tasks.kv_retrieval(n_pairs=10, n_contexts=10, seed=4, keys="short")
     with scaling.applied_to(smollm2.model):
         expected = [[decoded(smollm2, p, q, 5) == q.answer for q in p.questions] for p in suite.probes]
     np.testing.assert_array_equal(score(smollm2, suite, [scaling]).exact[0], expected)
@@ -107,6 +107,20 @@ def test_outcomes_in_the_ledger_are_not_measured_again(tiny, tmp_path):
     np.testing.assert_array_equal(fewer.nll[0], first.nll[0, :2, [3, 0]].T)
 
 
+def test_a_partly_known_context_keeps_what_is_known_and_measures_the_rest(tiny, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    suite = tasks.kv_retrieval(4, 1, keys="short")
+    marked = np.array([7.0, 8.0])  # values that no model gives
+    known = [suite.probes[0].keys[q] for q in (0, 2)]
+    ledger.record(tiny.fingerprint, SCALINGS[2].key, known, np.array([True, True]), marked)
+    outcomes = score(tiny, suite, [SCALINGS[2]], ledger=ledger)
+    assert outcomes.recomputed == 2
+    np.testing.assert_array_equal(outcomes.nll[0, 0, [0, 2]], marked)
+    alone = score(tiny, suite, [SCALINGS[2]])
+    np.testing.assert_allclose(outcomes.nll[0, 0, [1, 3]], alone.nll[0, 0, [1, 3]], atol=1e-5)
+    assert score(tiny, suite, [SCALINGS[2]], ledger=ledger).nll.tolist() == outcomes.nll.tolist()
+
+
 def test_another_model_or_precision_finds_nothing_in_the_ledger(tiny, tmp_path):
     ledger, suite = Ledger(tmp_path / "ledger.sqlite"), tasks.kv_retrieval(3, 1, keys="short")
     score(tiny, suite, [SCALINGS[2]], ledger=ledger)
@@ -124,6 +138,13 @@ def test_a_prompt_longer_than_the_window_is_refused_with_the_numbers(tiny):
         score(tiny, suite, [LayerScaling((1.5, 0.8))])
     with pytest.raises(ValueError, match="reads 2,048"):
         generate_answers(tiny, suite, LayerScaling.identity(2))
+
+
+def test_a_sliding_window_that_only_the_mask_knows_is_refused():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    lm.model.config.sliding_window = 64
+    with pytest.raises(ValueError, match="LlamaAttention hides its sliding window"):
+        score(lm, tasks.kv_retrieval(2, 1, keys="short"), [LayerScaling.identity(2)])
 
 
 def test_an_answer_that_merges_with_its_prompt_is_refused(smollm2):

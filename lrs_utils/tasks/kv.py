@@ -35,7 +35,7 @@ def kv_retrieval(
         Suites of different seeds share no context.
     keys : "uuid" or "short"
         "uuid": version-4 UUIDs as in the paper, about 72 tokens a pair. "short": pronounceable six-letter keys and
-        five-digit values ("bakori": "48213"), about 14 tokens a pair: the same task for a tenth of the price.
+        five-digit values ("bakori": "48213"), about 14 tokens a pair: the same task for a fifth of the price.
     positions : sequence of int, optional
         Which pairs are asked for; every pair by default.
     """
