@@ -65,6 +65,11 @@ class Run:
         changed = "".join(f",{name}={value}" for name, value in sorted(self.overridden.items()))
         return _ROOT / "build" / f"{self.profile}{changed}".replace("/", "-").replace(" ", "")
 
+    @property
+    def place(self) -> str:
+        """`folder`, for people."""
+        return "the repository" if self.folder == _ROOT else str(self.folder.relative_to(_ROOT))
+
     def path(self, relative: str) -> Path:
         """A file to write below `folder`, its parents made."""
         path = self.folder / relative

@@ -22,6 +22,7 @@ def test_parameters_left_none_come_from_the_profile():
     assert run["n_pairs"] == 8
     assert not run.overridden
     assert run.folder == _ROOT / "build" / "smoke"
+    assert run.place == "build/smoke"
     assert begin("06_ga_search", namespace(profile="cpu"))["n_pairs"] == 20
 
 
