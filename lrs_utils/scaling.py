@@ -92,6 +92,11 @@ class LayerScaling:
             parts.append(",".join(map(repr, self.temperatures)))
         return "|".join(parts)
 
+    @property
+    def layers(self) -> tuple[tuple[float, float], ...]:
+        """(factor, temperature) of each layer: scalings that agree up to layer l compute the same up to there."""
+        return tuple(zip(self.factors, self.temperatures or (1.0,) * len(self.factors), strict=True))
+
     @contextmanager
     def applied_to(self, model: PreTrainedModel) -> Iterator[None]:
         """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
@@ -105,17 +110,16 @@ class LayerScaling:
             The number of factors is not the model's number of layers, the model is already scaled, or its
             family can't be reached this way (named in the message).
         """
-        decoder = _reachable_decoder(model)
+        decoder = reachable_decoder(model)
         name = model_name(model)
         if len(self.factors) != len(decoder.layers):
             raise ValueError(f"factors has {len(self.factors)} values but {name} has {len(decoder.layers)} layers")
         if decoder in _scaled_decoders:
             raise ValueError(f"{name} is already scaled; leave the inner or outer `applied_to` block first")
-        per_layer = list(zip(self.factors, self.temperatures or (1.0,) * len(self.factors), strict=True))
         if self.temperatures is not None:
             _refuse_partial_rotary(decoder, model)
         rotaries = {
-            pair: _scaled_rotary(decoder.rotary_emb, *pair, name=name) for pair in set(per_layer) - {(1.0, 1.0)}
+            pair: _scaled_rotary(decoder.rotary_emb, *pair, name=name) for pair in set(self.layers) - {(1.0, 1.0)}
         }
         # cos handed out by the rotary embedding -> how it was called, and the scaled tables made from that call so
         # far. Keyed by identity: the layer that receives this very cos gets its own version of the same call.
@@ -145,7 +149,7 @@ class LayerScaling:
             if rotaries:
                 handle = decoder.rotary_emb.register_forward_hook(remember, with_kwargs=True)
                 stack.callback(handle.remove)
-            for layer, pair in zip(decoder.layers, per_layer, strict=True):
+            for layer, pair in zip(decoder.layers, self.layers, strict=True):
                 if pair in rotaries:
                     handle = layer.register_forward_pre_hook(replace_for(pair), with_kwargs=True)
                     stack.callback(handle.remove)
@@ -229,7 +233,7 @@ def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
     return tuple(checked)
 
 
-def _reachable_decoder(model: PreTrainedModel) -> Any:
+def reachable_decoder(model: PreTrainedModel) -> Any:
     """The module that owns `layers` and `rotary_emb`, or an error that names the family and what it lacks."""
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     family = type(model).__name__

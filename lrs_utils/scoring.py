@@ -5,11 +5,12 @@ sees the context and itself only. Greedy exactness needs no decoding: the answer
 compared at each step, which by induction is the verdict of greedy decoding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import wraps
+from itertools import pairwise, takewhile
 from types import EllipsisType
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, DynamicCache
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling import LayerScaling
+from lrs_utils.scaling import LayerScaling, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
 _BRANCH_BYTES = 256 * 2**20  # keys and values that one group of branches may copy
@@ -42,12 +43,16 @@ class Outcomes:
     depths : float array, shape (questions,)
     recomputed : int
         Outcomes that the model was run for; the others were found in the ledger.
+    layers_run, layers_alone : int
+        Decoder layers computed, and how many it would have been with each candidate on its own.
     """
 
     exact: NDArray[np.bool_]
     nll: NDArray[np.float64]
     depths: NDArray[np.float64]
     recomputed: int
+    layers_run: int = 0
+    layers_alone: int = 0
 
 
 @torch.inference_mode()
@@ -80,7 +85,7 @@ def score(
     """
     shape = (len(scalings), len(suite.probes), len(suite.depths))
     exact, nll = np.zeros(shape, bool), np.full(shape, np.nan)
-    recomputed = 0
+    recomputed = layers_run = 0
     if ledger is not None:
         for c, scaling in enumerate(scalings):
             found = ledger.find(lm.fingerprint, scaling.key)
@@ -95,23 +100,27 @@ def score(
             if not missing[:, p].any():
                 continue
             where = f"context {p} of {suite.name}"
-            packs: dict[tuple[int, ...], _Packed] = {}  # by the questions asked: nearly always all of them
+            groups: dict[tuple[int, ...], list[int]] = {}  # candidates by what they are asked: nearly always everything
             for c in map(int, np.flatnonzero(missing[:, p])):
-                asked = tuple(map(int, np.flatnonzero(np.isnan(nll[c, p]))))
-                if asked not in packs:
-                    packs[asked] = _pack(lm, replace(probe, questions=tuple(probe.questions[q] for q in asked)), where)
-                if not extrapolate:
-                    _refuse_beyond_window(lm, packs[asked].length, scalings[c], where)
-                exact[c, p, asked], nll[c, p, asked] = _forward(lm, packs[asked], scalings[c])
-                recomputed += len(asked)
-                if ledger is not None:
-                    keys = [probe.keys[q] for q in asked]
-                    standing = ledger.record(
-                        lm.fingerprint, scalings[c].key, keys, exact[c, p, asked], nll[c, p, asked]
-                    )
-                    exact[c, p, asked], nll[c, p, asked] = zip(*standing, strict=True)
-                bar.advance(1)
-    return Outcomes(exact, nll, suite.depths, recomputed)
+                groups.setdefault(tuple(map(int, np.flatnonzero(np.isnan(nll[c, p])))), []).append(c)
+            for asked, group in groups.items():
+                packed = _pack(lm, replace(probe, questions=tuple(probe.questions[q] for q in asked)), where)
+                keys = [probe.keys[q] for q in asked]
+                group.sort(key=lambda c: scalings[c].layers)
+                with _shared_layers(lm, [scalings[c].layers for c in group]) as next_candidate:
+                    for c in group:
+                        if not extrapolate:
+                            _refuse_beyond_window(lm, packed.length, scalings[c], where)
+                        layers_run += next_candidate()
+                        exact[c, p, asked], nll[c, p, asked] = _forward(lm, packed, scalings[c])
+                        recomputed += len(asked)
+                        if ledger is not None:
+                            standing = ledger.record(
+                                lm.fingerprint, scalings[c].key, keys, exact[c, p, asked], nll[c, p, asked]
+                            )
+                            exact[c, p, asked], nll[c, p, asked] = zip(*standing, strict=True)
+                        bar.advance(1)
+    return Outcomes(exact, nll, suite.depths, recomputed, layers_run, int(missing.sum()) * lm.num_layers)
 
 
 @torch.inference_mode()
@@ -261,6 +270,52 @@ def _forward(lm: LM, packed: _Packed, scaling: LayerScaling) -> tuple[NDArray[np
     if not np.isfinite(nll).all():
         raise FloatingPointError(f"{lm.name} gave a non-finite likelihood under {scaling}; try dtype float32")
     return np.bincount(packed.owner, hit) == n_tokens, nll
+
+
+@contextmanager
+def _shared_layers(lm: LM, paths: Sequence[tuple[tuple[float, float], ...]]) -> Iterator[Callable[[], int]]:
+    """Let candidates, forwarded in the order of `paths` (sorted), compute their equal first layers once.
+
+    A walk through the trie of candidates, depth first: where a candidate leaves the one before, it starts from the kept
+    output of the last layer they share. The model's own forward runs; layers that are shared only hand on what is kept.
+
+    Yields
+    ------
+    function () -> int
+        To be called before each candidate's forward pass; gives the number of layers that will be computed.
+    """
+    layers = reachable_decoder(lm.model).layers
+    agreed = [0] + [
+        sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(a, b, strict=True))) for a, b in pairwise(paths)
+    ]
+    kept: dict[int, Any] = {}  # output of a layer, only where a later candidate starts from it
+    shared = 0
+    turns = iter(agreed)
+
+    def next_candidate() -> int:
+        nonlocal shared
+        shared = min(next(turns), len(layers))
+        return len(layers) - shared
+
+    def sharing(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def recall_or_compute(*args: Any, **kwargs: Any) -> Any:
+            if index < shared:
+                return kept[shared]
+            output = forward(*args, **kwargs)
+            if index + 1 in agreed:
+                kept[index + 1] = output
+            return output
+
+        return recall_or_compute
+
+    for index, layer in enumerate(layers):
+        layer.forward = sharing(index, layer.forward)
+    try:
+        yield next_candidate
+    finally:
+        for layer in layers:
+            del layer.forward  # the instance's; the class's is back
 
 
 _layout: ContextVar[_Packed] = ContextVar("layout")
