@@ -84,11 +84,26 @@ def test_branches_in_groups_give_the_same(tiny, monkeypatch):
     np.testing.assert_allclose(score(tiny, suite, [SCALINGS[2]]).nll, whole.nll, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_share_equal_first_layers_and_nothing_else(family):
+    lm = load_lm(f"tiny-{family}", dtype="float32", device="cpu")
+    suite = tasks.kv_retrieval(5, 2, keys="short")
+    pairs = [(1.2, 1.0), (1.2, 1.1), (0.9, 1.1), (1.0, 1.0), (1.2, 0.8), (1.0, 1.0), (1.0, 2.0)]
+    scalings = [LayerScaling(pair) for pair in pairs] + [LayerScaling((1.2, 0.8), temperatures=(1.0, 1.3))]
+    together = score(lm, suite, scalings)
+    alone = [score(lm, suite, [scaling]) for scaling in scalings]
+    np.testing.assert_array_equal(together.nll, np.concatenate([one.nll for one in alone]))
+    # a context: first layers 0.9, 1.0, 1.2; then one second layer for each candidate that differs
+    assert together.layers_run == 2 * (3 + 7)
+    assert together.layers_alone == sum(one.layers_run for one in alone) == 2 * 8 * 2
+
+
 def test_the_model_is_left_as_it_was(tiny):
     suite = tasks.kv_retrieval(2, 1, keys="short")
     ids = torch.arange(50)[None]
     before, attention = tiny.model(ids).logits, tiny.model.config._attn_implementation
-    score(tiny, suite, [SCALINGS[2]])
+    score(tiny, suite, [SCALINGS[2], LayerScaling((1.4, 0.9))])
+    assert not any("forward" in vars(module) for module in tiny.model.modules())
     assert tiny.model.config._attn_implementation == attention
     assert torch.equal(tiny.model(ids).logits, before)
 
