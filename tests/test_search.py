@@ -168,7 +168,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one_and_measures_nothing_twice(t
         victim = start(f"killed-{kill}")
         victim.stdout.readline()  # "ready"
         ledger, moment = Ledger(tmp_path / f"killed-{kill}"), rng.integers(1, total // 2)
-        while len(ledger) < moment:
+        while len(ledger) < moment and victim.poll() is None:
             time.sleep(0.001)
         victim.send_signal(signal.SIGKILL)
         victim.wait()
