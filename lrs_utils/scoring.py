@@ -309,13 +309,17 @@ def _shared_layers(lm: LM, paths: Sequence[tuple[tuple[float, float], ...]]) -> 
 
         return recall_or_compute
 
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate puts its own on models spread over devices
     for index, layer in enumerate(layers):
         layer.forward = sharing(index, layer.forward)
     try:
         yield next_candidate
     finally:
-        for layer in layers:
-            del layer.forward  # the instance's; the class's is back
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward  # the instance's; the class's is back
+            else:
+                layer.forward = forward
 
 
 _layout: ContextVar[_Packed] = ContextVar("layout")

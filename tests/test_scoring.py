@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -106,6 +107,22 @@ def test_the_model_is_left_as_it_was(tiny):
     assert not any("forward" in vars(module) for module in tiny.model.modules())
     assert tiny.model.config._attn_implementation == attention
     assert torch.equal(tiny.model(ids).logits, before)
+
+
+def test_a_forward_that_others_put_on_a_layer_is_called_and_kept():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    layer, calls = lm.model.model.layers[0], []
+    original = layer.forward
+
+    @functools.wraps(original)
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = theirs
+    score(lm, tasks.kv_retrieval(2, 1, keys="short"), [LayerScaling((1.2, 1.0)), LayerScaling((1.2, 1.1))])
+    assert layer.forward is theirs
+    assert calls == [1]  # and once for the two, who share it
 
 
 def test_outcomes_in_the_ledger_are_not_measured_again(tiny, tmp_path):
