@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 SCHEMES = ("pi",)
 
 _scaled_decoders: WeakSet[nn.Module] = WeakSet()
+_TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
 
 
 @dataclass(frozen=True)
@@ -110,50 +111,90 @@ class LayerScaling:
             The number of factors is not the model's number of layers, the model is already scaled, or its
             family can't be reached this way (named in the message).
         """
+        self.refuse_misfit(model)
         decoder = reachable_decoder(model)
-        name = model_name(model)
-        if len(self.factors) != len(decoder.layers):
-            raise ValueError(f"factors has {len(self.factors)} values but {name} has {len(decoder.layers)} layers")
-        if decoder in _scaled_decoders:
-            raise ValueError(f"{name} is already scaled; leave the inner or outer `applied_to` block first")
-        if self.temperatures is not None:
-            _refuse_partial_rotary(decoder, model)
-        rotaries = {
-            pair: _scaled_rotary(decoder.rotary_emb, *pair, name=name) for pair in set(self.layers) - {(1.0, 1.0)}
-        }
-        # cos handed out by the rotary embedding -> how it was called, and the scaled tables made from that call so
-        # far. Keyed by identity: the layer that receives this very cos gets its own version of the same call.
-        calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-        def remember(_: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> None:
-            calls[output[0]] = (args, kwargs, {})
-
-        def replace_for(pair: tuple[float, float]) -> Any:
+        def replace_for(pair: tuple[float, float], tables: "PositionTables") -> Any:
             def replace(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-                given = kwargs.get("position_embeddings")
-                if given is None or given[0] not in calls:
-                    raise RuntimeError(
-                        f"{name} gave a layer position embeddings that its rotary_emb did not make, "
-                        "so the layer's factor would have been ignored"
-                    )
-                call_args, call_kwargs, tables = calls[given[0]]
-                if pair not in tables:
-                    tables[pair] = rotaries[pair](*call_args, **call_kwargs)
-                return args, kwargs | {"position_embeddings": tables[pair]}
+                return args, kwargs | {"position_embeddings": tables(kwargs.get("position_embeddings"), pair)}
 
             return replace
 
         with ExitStack() as stack:
             _scaled_decoders.add(decoder)
             stack.callback(_scaled_decoders.discard, decoder)
-            if rotaries:
-                handle = decoder.rotary_emb.register_forward_hook(remember, with_kwargs=True)
-                stack.callback(handle.remove)
-            for layer, pair in zip(decoder.layers, self.layers, strict=True):
-                if pair in rotaries:
-                    handle = layer.register_forward_pre_hook(replace_for(pair), with_kwargs=True)
-                    stack.callback(handle.remove)
+            if set(self.layers) != {(1.0, 1.0)}:
+                tables = stack.enter_context(PositionTables(model))
+                for layer, pair in zip(decoder.layers, self.layers, strict=True):
+                    if pair != (1.0, 1.0):
+                        tables.prepare(pair)
+                        handle = layer.register_forward_pre_hook(replace_for(pair, tables), with_kwargs=True)
+                        stack.callback(handle.remove)
             yield
+
+    def refuse_misfit(self, model: PreTrainedModel) -> None:
+        """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
+        decoder = reachable_decoder(model)
+        n_layers = len(decoder.layers)
+        if len(self.factors) != n_layers:
+            raise ValueError(f"factors has {len(self.factors)} values but {model_name(model)} has {n_layers} layers")
+        if self.temperatures is not None:
+            _refuse_partial_rotary(model)
+        if decoder in _scaled_decoders:
+            raise ValueError(f"{model_name(model)} is already scaled; leave the other `applied_to` block first")
+
+
+class PositionTables:
+    """cos and sin of any factor and temperature, of what a model's rotary embedding is asked while this is entered.
+
+    Call it with the `position_embeddings` that a decoder layer was given and a (factor, temperature); the result is
+    that layer's own version of the same call. (1, 1) gives back what was given, bit for bit.
+
+    Raises
+    ------
+    ValueError
+        A rope type that recomputes its frequencies.
+    RuntimeError
+        Position embeddings that the model's rotary embedding did not make.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._name, self._rotary = model_name(model), reachable_decoder(model).rotary_emb
+        self._scaled: dict[tuple[float, float], nn.Module] = {}
+        # cos handed out by the rotary embedding -> how it was called and the tables made from that call so far. By
+        # identity: several calls differ (Gemma 3 makes two kinds), and a layer receives the very cos of one of them.
+        self._calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __enter__(self) -> "PositionTables":
+        self._handle = self._rotary.register_forward_hook(self._remember, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def __call__(self, given: Any, pair: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        if given is None or given[0] not in self._calls:
+            raise RuntimeError(
+                f"{self._name} gave a layer position embeddings that its rotary_emb did not make, "
+                "so the layer's factor would have been ignored"
+            )
+        args, kwargs, tables = self._calls[given[0]]
+        if pair == (1.0, 1.0):
+            return given  # type: ignore[no-any-return]
+        if pair not in tables:
+            if len(tables) >= _TABLES_KEPT:
+                tables.clear()  # a search off the grid brings new factors without end
+            tables[pair] = self.prepare(pair)(*args, **kwargs)
+        return tables[pair]  # type: ignore[no-any-return]
+
+    def prepare(self, pair: tuple[float, float]) -> nn.Module:
+        """The rotary embedding for a (factor, temperature), or an error if the model has none."""
+        if pair not in self._scaled:
+            self._scaled[pair] = _scaled_rotary(self._rotary, *pair, name=self._name)
+        return self._scaled[pair]
+
+    def _remember(self, _: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self._calls[output[0]] = (args, kwargs, {})
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -250,7 +291,8 @@ def reachable_decoder(model: PreTrainedModel) -> Any:
     return decoder
 
 
-def _refuse_partial_rotary(decoder: Any, model: PreTrainedModel) -> None:
+def _refuse_partial_rotary(model: PreTrainedModel) -> None:
+    decoder = reachable_decoder(model)
     config = decoder.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, inv_freq in decoder.rotary_emb.named_buffers():

@@ -1,17 +1,14 @@
 """The engine: what a model makes of a suite under each of many scalings.
 
-A context is read once for all its questions: context and question branches travel in one packed sequence, and a branch
-sees the context and itself only. Greedy exactness needs no decoding: the answer is fed to the model and the arg-max
-compared at each step, which by induction is the verdict of greedy decoding.
+A context is read once for all its questions (`packed`), and layers that candidates have in common are computed once for
+all of them. Greedy exactness needs no decoding: the answer is fed to the model and the arg-max compared at each step,
+which by induction is the verdict of greedy decoding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import wraps
-from itertools import pairwise, takewhile
-from types import EllipsisType
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -19,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM
+from lrs_utils.packed import Layout, Packed, laid_out, pack, packed_attention, shared_prefix
 from lrs_utils.progress import Progress
-from lrs_utils.scaling import LayerScaling, reachable_decoder
+from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
-_BRANCH_BYTES = 256 * 2**20  # keys and values that one group of branches may copy
+_CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
+_JUDGED_AT_ONCE = 128  # answer tokens whose logits, a vocabulary each, are in memory together
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,43 @@ class Outcomes:
     layers_alone: int = 0
 
 
+class Kept:
+    """What calls of `score` on one model may share, in memory: tokens, and outputs of first layers left unscaled.
+
+    Made by whoever scores the same contexts again and again (`search`), and dropped with the model's weights unchanged.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Limit for the layers' outputs; contexts that no longer fit are computed each time. Tokens, about 24 bytes each,
+        come on top.
+    """
+
+    def __init__(self, max_bytes: int = 512 * 2**20) -> None:
+        self._room = max_bytes
+        self._packs: dict[tuple[str, ...], Packed] = {}
+        self._outputs: dict[tuple[str, ...], tuple[int, Tensor]] = {}
+
+    def packed(self, lm: LM, probe: Probe, where: str) -> Packed:
+        """The probe's tokens."""
+        if probe.keys not in self._packs:
+            self._packs[probe.keys] = pack(lm, probe, where)
+        return self._packs[probe.keys]
+
+    def after(self, contexts: tuple[str, ...], at_most: int) -> tuple[int, Tensor | None]:
+        """How many unscaled layers a batch has behind it, and their output."""
+        layers, output = self._outputs.get(contexts, (0, None))
+        return (layers, output) if layers <= at_most else (0, None)
+
+    def keep(self, contexts: tuple[str, ...], layers: int, output: Tensor) -> None:
+        """Keep the output of a batch's first layers if there is room."""
+        _, before = self._outputs.pop(contexts, (0, None))
+        self._room += before.nbytes if before is not None else 0
+        if layers > 0 and output.nbytes <= self._room:
+            self._room -= output.nbytes
+            self._outputs[contexts] = (layers, output)
+
+
 @torch.inference_mode()
 def score(
     lm: LM,
@@ -64,6 +100,8 @@ def score(
     ledger: Ledger | None = None,
     extrapolate: bool = False,
     progress: Progress | None = None,
+    batch_tokens: int | None = None,
+    kept: Kept | None = None,
 ) -> Outcomes:
     """Ask a model every question of a suite under each scaling.
 
@@ -71,11 +109,17 @@ def score(
     ----------
     scalings : sequence of LayerScaling, length candidates
     ledger : Ledger, optional
-        Outcomes found there are not measured again; those measured are written as soon as their context is scored.
+        Outcomes found there are not measured again; those measured are written as soon as they are known.
     extrapolate : bool
         Allow prompts longer than the window. Otherwise they are refused, never truncated.
     progress : Progress, optional
         Advanced by one for every context of every candidate; without it `score` shows its own.
+    batch_tokens : int, optional
+        Tokens, of contexts times candidates, that go through a layer together; one context with its questions always
+        does. Found automatically: on a GPU from the memory that the first context takes. Where memory runs out all the
+        same, the limit is halved and scoring goes on.
+    kept : Kept, optional
+        What earlier calls on the same model left to be shared.
 
     Raises
     ------
@@ -83,9 +127,13 @@ def score(
         A prompt longer than the window after scaling, a wrong number of factors, an answer whose tokens don't follow
         its prompt's.
     """
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
+    for scaling in scalings:
+        scaling.refuse_misfit(lm.model)
+    kept = Kept(max_bytes=0) if kept is None else kept
     shape = (len(scalings), len(suite.probes), len(suite.depths))
-    exact, nll = np.zeros(shape, bool), np.full(shape, np.nan)
-    recomputed = layers_run = 0
+    exact, nll, missing = np.zeros(shape, bool), np.zeros(shape), np.ones(shape, bool)
     if ledger is not None:
         for c, scaling in enumerate(scalings):
             found = ledger.find(lm.fingerprint, scaling.key)
@@ -93,34 +141,33 @@ def score(
                 for q, key in enumerate(probe.keys):
                     if key in found:
                         exact[c, p, q], nll[c, p, q] = found[key]
-    missing = np.isnan(nll).any(axis=2)
-    with _packed_attention(lm), (progress or Progress(missing.size, "scoring")).entered() as bar:
-        bar.advance(int((~missing).sum()))
-        for p, probe in enumerate(suite.probes):
-            if not missing[:, p].any():
-                continue
-            where = f"context {p} of {suite.name}"
-            groups: dict[tuple[int, ...], list[int]] = {}  # candidates by what they are asked: nearly always everything
-            for c in map(int, np.flatnonzero(missing[:, p])):
-                groups.setdefault(tuple(map(int, np.flatnonzero(np.isnan(nll[c, p])))), []).append(c)
-            for asked, group in groups.items():
-                packed = _pack(lm, replace(probe, questions=tuple(probe.questions[q] for q in asked)), where)
-                keys = [probe.keys[q] for q in asked]
-                group.sort(key=lambda c: scalings[c].layers)
-                with _shared_layers(lm, [scalings[c].layers for c in group]) as next_candidate:
-                    for c in group:
-                        if not extrapolate:
-                            _refuse_beyond_window(lm, packed.length, scalings[c], where)
-                        layers_run += next_candidate()
-                        exact[c, p, asked], nll[c, p, asked] = _forward(lm, packed, scalings[c])
-                        recomputed += len(asked)
-                        if ledger is not None:
-                            standing = ledger.record(
-                                lm.fingerprint, scalings[c].key, keys, exact[c, p, asked], nll[c, p, asked]
+                        missing[c, p, q] = False
+    recomputed, unknown, layers_run = int(missing.sum()), int(missing.any(axis=2).sum()), 0
+    bar = progress or Progress(missing[..., 0].size, "scoring")
+    with packed_attention(lm), PositionTables(lm.model) as tables, bar.entered():
+        bar.advance(missing[..., 0].size - unknown)
+        room = _Room(lm.model.device, batch_tokens)
+        while missing.any():
+            batch = _next_batch(lm, suite, missing, room.tokens, kept)
+            if not extrapolate:
+                for c, (p, packed) in product(batch.candidates, zip(batch.contexts, batch.packs, strict=True)):
+                    _refuse_beyond_window(lm, packed.longest, scalings[c], f"context {p} of {suite.name}")
+            walk = _Walk(lm, batch, [scaling.layers for scaling in scalings], tables, kept)
+            with room.watched(batch):
+                for c, *rows in walk.outcomes(max(1, room.tokens // batch.n_tokens)):
+                    for p, keys, hit, loss in zip(batch.contexts, batch.keys, *rows, strict=True):
+                        if not np.isfinite(loss).all():
+                            raise FloatingPointError(
+                                f"{lm.name} gave a non-finite likelihood under {scalings[c]}; try dtype float32"
                             )
-                            exact[c, p, asked], nll[c, p, asked] = zip(*standing, strict=True)
+                        if ledger is not None:
+                            standing = ledger.record(lm.fingerprint, scalings[c].key, keys, hit, loss)
+                            hit, loss = zip(*standing, strict=True)
+                        exact[c, p, batch.asked], nll[c, p, batch.asked] = hit, loss
+                        missing[c, p] = False
                         bar.advance(1)
-    return Outcomes(exact, nll, suite.depths, recomputed, layers_run, int(missing.sum()) * lm.num_layers)
+            layers_run += walk.layers_run
+    return Outcomes(exact, nll, suite.depths, recomputed, layers_run, unknown * lm.num_layers)
 
 
 @torch.inference_mode()
@@ -140,7 +187,7 @@ def generate_answers(
     with scaling.applied_to(lm.model), Progress(len(suite.probes), "answering").entered() as bar:
         for p, probe in enumerate(suite.probes):
             prompts = [lm.tokenizer(probe.context + q.prompt)["input_ids"] for q in probe.questions]
-            n_context = _shared_prefix(prompts)
+            n_context = shared_prefix(prompts)
             longest = max(map(len, prompts))
             if not extrapolate:
                 _refuse_beyond_window(lm, longest + max_new_tokens, scaling, f"context {p} of {suite.name}")
@@ -177,68 +224,36 @@ def contains_answer(suite: Suite, answers: Sequence[Sequence[str]]) -> NDArray[n
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """A probe as one sequence: the shared context, then a branch per question, each padded to the longest."""
+class _Batch:
+    """What is scored together: contexts that lack the same answers to the same questions of the same candidates."""
 
-    ids: Tensor  # (1, n_context + n_branches * branch_length)
-    positions: Tensor  # like ids: every branch goes on where the context ends
-    n_context: int
-    n_branches: int
-    branch_length: int
-    judged: Tensor  # (answer tokens of all questions,): where in the sequence each is predicted
-    targets: Tensor  # like judged: the token that should come
-    owner: NDArray[np.int64]  # like judged: its question
+    contexts: list[int]
+    candidates: list[int]
+    asked: list[int]
+    packs: list[Packed]
+    keys: list[tuple[str, ...]]  # of the asked questions of each context
 
     @property
-    def length(self) -> int:
-        """Tokens from the begin of the context to the end of the longest branch."""
-        return self.n_context + self.branch_length
+    def n_tokens(self) -> int:
+        return sum(len(packed.ids) for packed in self.packs)
 
 
-def _pack(lm: LM, probe: Probe, where: str) -> _Packed:
-    prompts, answers = [], []
-    for question in probe.questions:
-        text = probe.context + question.prompt + question.answer_prefix
-        prompt = lm.tokenizer(text)["input_ids"]
-        whole = lm.tokenizer(text + question.answer)["input_ids"]
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ValueError(
-                f"the answer {question.answer!r} at position {question.position} in {where} merges with its prompt's "
-                "last token; choose an answer_prefix that ends at a token boundary"
-            )
-        prompts.append(prompt)
-        answers.append(whole[len(prompt) :])
-    n = _shared_prefix(prompts)
-    branches = [prompt[n:] + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, branches))
-    ids = prompts[0][:n]
-    judged: list[int] = []
-    targets: list[int] = []
-    owner: list[int] = []
-    for b, (prompt, answer, branch) in enumerate(zip(prompts, answers, branches, strict=True)):
-        ids += branch + [0] * (longest - len(branch))  # what follows a branch is seen by no token that is judged
-        start = n + b * longest + len(prompt) - n - 1
-        judged += range(start, start + len(answer))
-        targets += answer
-        owner += [b] * len(answer)
-    positions = torch.cat([torch.arange(n), torch.arange(n, n + longest).repeat(len(branches))])
-    device = lm.model.device
-    return _Packed(
-        torch.tensor([ids], device=device),
-        positions[None].to(device),
-        n,
-        len(branches),
-        longest,
-        torch.tensor(judged, device=device),
-        torch.tensor(targets, device=device),
-        np.array(owner),
-    )
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts open with, leaving each at least one of its own."""
-    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
-    return min(same, min(map(len, prompts)) - 1)
+def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kept: Kept) -> _Batch:
+    """The first context that lacks anything, and further ones like it as far as there is room."""
+    first = int(missing.any(axis=(0, 2)).argmax())
+    asked = missing[missing[:, first].any(axis=1).argmax(), first]
+    alike = (missing == asked).all(axis=2)  # (candidates, contexts): nearly always all that lack anything
+    candidates, questions = np.flatnonzero(alike[:, first]).tolist(), np.flatnonzero(asked).tolist()
+    batch = _Batch([], candidates, questions, [], [])
+    for p in np.flatnonzero((alike == alike[:, [first]]).all(axis=0)).tolist():
+        probe = replace(suite.probes[p], questions=tuple(suite.probes[p].questions[q] for q in questions))
+        packed = kept.packed(lm, probe, f"context {p} of {suite.name}")
+        if batch.packs and batch.n_tokens + len(packed.ids) > room:
+            break
+        batch.contexts.append(p)
+        batch.packs.append(packed)
+        batch.keys.append(probe.keys)
+    return batch
 
 
 def _refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:
@@ -252,172 +267,167 @@ def _refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str
         )
 
 
-def _forward(lm: LM, packed: _Packed, scaling: LayerScaling) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    layout = _layout.set(packed)
-    try:
-        with scaling.applied_to(lm.model):
-            logits = lm.model(
-                packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=packed.judged
-            ).logits[0]
-    finally:
-        _layout.reset(layout)
-    logits = logits.float()
-    hit = (logits.argmax(-1) == packed.targets).cpu().numpy()
-    loss = F.cross_entropy(logits, packed.targets, reduction="none").double().cpu().numpy()
-    # summed on the CPU: a GPU adds in any order, and nll decides between candidates
-    n_tokens = np.bincount(packed.owner)
-    nll = (np.bincount(packed.owner, loss) / n_tokens).astype(np.float32).astype(float)  # as much as an export keeps
-    if not np.isfinite(nll).all():
-        raise FloatingPointError(f"{lm.name} gave a non-finite likelihood under {scaling}; try dtype float32")
-    return np.bincount(packed.owner, hit) == n_tokens, nll
+class _Room:
+    """How many tokens may go through a layer together."""
+
+    def __init__(self, device: torch.device, tokens: int | None) -> None:
+        self._device = device
+        self._measured = device.type != "cuda" or tokens is not None
+        self.tokens = tokens or (0 if device.type == "cuda" else _CPU_BATCH_TOKENS)
+
+    @contextmanager
+    def watched(self, batch: _Batch) -> Iterator[None]:
+        """Learn from a batch: the memory that the first one takes, and what did not fit."""
+        if not self._measured:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+        together = batch.n_tokens * max(1, min(self.tokens // batch.n_tokens, len(batch.candidates)))
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if together == len(batch.packs[0].ids):
+                error.add_note(
+                    f"a context takes {together:,} tokens with its {len(batch.asked)} questions; ask it at fewer "
+                    "positions, or use a device with more memory"
+                )
+                raise
+            self.tokens, self._measured = together // 2, True
+            return
+        if not self._measured:
+            # what these tokens took at most, branches waiting in the walk included; some is left for fragmentation
+            each = (torch.cuda.max_memory_allocated(self._device) - before) / batch.n_tokens
+            reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            free = torch.cuda.mem_get_info(self._device)[0] + reserved
+            self.tokens, self._measured = int(0.7 * free / each), True
+
+
+class _Walk:
+    """The trie of candidates over one batch of contexts, walked depth first.
+
+    The model's own forward embeds the tokens and judges what the last layer puts out; in between its layers are called
+    from here, once for every branch of the trie, up to `width` branches at a time, laid end to end.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        batch: _Batch,
+        paths: Sequence[tuple[tuple[float, float], ...]],
+        tables: PositionTables,
+        kept: Kept,
+    ) -> None:
+        self._lm, self._batch, self._paths, self._tables, self._kept = lm, batch, paths, tables, kept
+        self._layers = reachable_decoder(lm.model).layers
+        self._layout = Layout(batch.packs, lm.model.device)
+        self._given: list[dict[str, Any]] = []  # what the model gives each layer beside its input
+        self.layers_run = 0
+
+    def outcomes(self, width: int) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
+        """Each candidate with its verdicts and nll, shape (contexts, questions), in the order of the walk."""
+        group = sorted(self._batch.candidates, key=self._paths.__getitem__)
+        unscaled = [all(self._paths[c][layer] == (1.0, 1.0) for c in group) for layer in range(len(self._layers))]
+        contexts = sum(self._batch.keys, ())
+        n_first = [*unscaled, False].index(False)
+        depth, hidden = self._kept.after(contexts, n_first)
+        embedded = self._embedded()
+        hidden = embedded if hidden is None else hidden
+        for layer in range(depth, n_first):
+            hidden = self._layer(layer, hidden, [(0, (1.0, 1.0))])
+        if depth < n_first:
+            self._kept.keep(contexts, n_first, hidden)
+        yield from self._descend(n_first, hidden, [group], width)
+
+    def _descend(
+        self, layer: int, hidden: Tensor, groups: list[list[int]], width: int
+    ) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
+        """From the input of a layer, a copy of the batch for each group of candidates that agree so far."""
+        while layer < len(self._layers):
+            children = [
+                (copy, pair, list(members))
+                for copy, group in enumerate(groups)
+                for pair, members in groupby(group, key=lambda c: self._paths[c][layer])
+            ]
+            for first in range(0, len(children), width):
+                some = children[first : first + width]
+                output = self._layer(layer, hidden, [(copy, pair) for copy, pair, _ in some])
+                groups = [members for *_, members in some]
+                if len(children) > width:
+                    yield from self._descend(layer + 1, output, groups, width)
+            if len(children) > width:
+                return
+            layer, hidden = layer + 1, output
+        for group, *rows in zip(groups, *self._judged(hidden), strict=True):
+            for c in group:
+                yield c, *rows
+
+    def _layer(self, index: int, hidden: Tensor, children: list[tuple[int, tuple[float, float]]]) -> Tensor:
+        """One layer over the copies that `children` name, each with its factor and temperature."""
+        given, n = self._given[index], self._layout.length
+        if [copy for copy, _ in children] != list(range(hidden.shape[1] // n)):
+            hidden = hidden.view(-1, n, hidden.shape[2])[[copy for copy, _ in children]].view(1, -1, hidden.shape[2])
+        tables = [self._tables(given.get("position_embeddings"), pair) for _, pair in children]
+        if len(children) > 1:
+            given = {
+                name: value.repeat(1, len(children)) if isinstance(value, Tensor) and value.shape == (1, n) else value
+                for name, value in given.items()
+            }
+            tables = [tuple(torch.cat(part, dim=1) for part in zip(*tables, strict=True))]  # type: ignore[list-item]
+        self.layers_run += len(children) * len(self._batch.packs)
+        with laid_out(self._layout):
+            output = self._layers[index](hidden, **given | {"position_embeddings": tables[0]})
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{type(self._layers[index]).__name__} gives more than a tensor, which `score` would lose")
+        return output
+
+    def _embedded(self) -> Tensor:
+        """The first layer's input, from the model's own forward with layers that only take notes."""
+
+        def note(hidden: Tensor, **given: Any) -> Tensor:
+            self._given.append(given)
+            inputs.append(hidden)
+            return hidden
+
+        inputs: list[Tensor] = []
+        with _layers_replaced(self._layers, note):
+            self._lm.model(
+                self._layout.ids[None],
+                position_ids=self._layout.positions[None],
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        return inputs[0]
+
+    def _judged(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Verdicts and nll, (copies, contexts, questions), by the model's own last norm and head."""
+        states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, self._layout.judged].flatten(0, 1)
+        targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
+        hits, losses = [], []
+        for some, wanted in zip(*(torch.split(x, _JUDGED_AT_ONCE) for x in (states, targets)), strict=True):
+            with _layers_replaced(self._layers, lambda *_, some=some, **__: some[None]):
+                logits = self._lm.model(wanted[None], use_cache=False).logits[0].float()
+            hits.append(logits.argmax(-1) == wanted)
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        hit, loss = (torch.cat(parts).double().cpu().numpy() for parts in (hits, losses))
+        # summed on the CPU: a GPU adds in any order, and nll decides between candidates
+        shape = (-1, len(self._batch.packs), len(self._batch.asked))
+        owner = self._layout.owner
+        owner = np.add.outer(np.arange(len(targets) // len(owner)) * shape[1] * shape[2], owner).ravel()
+        n_tokens = np.bincount(owner)
+        nll = (np.bincount(owner, loss) / n_tokens).astype(np.float32).astype(float)  # as much as an export keeps
+        return (np.bincount(owner, hit) == n_tokens).reshape(shape), nll.reshape(shape)
 
 
 @contextmanager
-def _shared_layers(lm: LM, paths: Sequence[tuple[tuple[float, float], ...]]) -> Iterator[Callable[[], int]]:
-    """Let candidates, forwarded in the order of `paths` (sorted), compute their equal first layers once.
-
-    A walk through the trie of candidates, depth first: where a candidate leaves the one before, it starts from the kept
-    output of the last layer they share. The model's own forward runs; layers that are shared only hand on what is kept.
-
-    Yields
-    ------
-    function () -> int
-        To be called before each candidate's forward pass; gives the number of layers that will be computed.
-    """
-    layers = reachable_decoder(lm.model).layers
-    agreed = [0] + [
-        sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(a, b, strict=True))) for a, b in pairwise(paths)
-    ]
-    kept: dict[int, Any] = {}  # output of a layer, only where a later candidate starts from it
-    shared = 0
-    turns = iter(agreed)
-
-    def next_candidate() -> int:
-        nonlocal shared
-        shared = min(next(turns), len(layers))
-        return len(layers) - shared
-
-    def sharing(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)
-        def recall_or_compute(*args: Any, **kwargs: Any) -> Any:
-            if index < shared:
-                return kept[shared]
-            output = forward(*args, **kwargs)
-            if index + 1 in agreed:
-                kept[index + 1] = output
-            return output
-
-        return recall_or_compute
-
+def _layers_replaced(layers: nn.ModuleList, stand_in: Callable[..., Tensor]) -> Iterator[None]:
+    """Let the model's forward call `stand_in` for every layer."""
     before = [vars(layer).get("forward") for layer in layers]  # accelerate puts its own on models spread over devices
-    for index, layer in enumerate(layers):
-        layer.forward = sharing(index, layer.forward)
+    for layer in layers:
+        layer.forward = stand_in
     try:
-        yield next_candidate
+        yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
             if forward is None:
                 del layer.forward  # the instance's; the class's is back
             else:
                 layer.forward = forward
-
-
-_layout: ContextVar[_Packed] = ContextVar("layout")
-
-
-@contextmanager
-def _packed_attention(lm: LM) -> Iterator[None]:
-    before = lm.model.config._attn_implementation
-    lm.model.set_attn_implementation("lrs_packed")
-    if lm.model.config._attn_implementation != "lrs_packed":
-        raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
-    try:
-        yield
-    finally:
-        lm.model.set_attn_implementation(before)
-
-
-def _attend_packed(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | EllipsisType | None = ...,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention over a packed probe: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
-    for unsupported in ("softcap", "s_aux"):
-        if kwargs.get(unsupported) is not None:
-            raise ValueError(f"{type(module).__name__} uses {unsupported}, which packed scoring does not know")
-    if isinstance(sliding_window, EllipsisType):  # not handed over: the family has it in its mask, or has none
-        if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
-            raise ValueError(f"{type(module).__name__} hides its sliding window from packed scoring")
-        sliding_window = None
-    at = _layout.get()
-    n = at.n_context
-    head, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
-    group = head // kv_heads
-    out = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
-    for rows, columns, mask in _context_blocks(n, sliding_window, query.device):
-        out[:, :, rows] = F.scaled_dot_product_attention(
-            query[:, :, rows],
-            key[:, :, columns],
-            value[:, :, columns],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=group > 1,
-        )
-    # Branches as a batch, each against context + own keys. Query heads that share a key head are laid end to end, so
-    # keys need no repeating: (branch, kv head, group * length, dim).
-    length, count = at.branch_length, at.n_branches
-    mask = _branch_mask(n, length, sliding_window, query.device).repeat(group, 1)
-    q = query[:, :, n:].view(kv_heads, group, count, length, dim).permute(2, 0, 1, 3, 4)
-    q = q.reshape(count, kv_heads, group * length, dim)
-    bytes_each = (n + length) * kv_heads * (dim + value.shape[3]) * key.element_size()
-    at_once = max(1, _BRANCH_BYTES // bytes_each)
-    for first in range(0, count, at_once):
-        part = slice(first, min(first + at_once, count))
-        own = slice(n + part.start * length, n + part.stop * length)
-        k, v = (
-            torch.cat(
-                [
-                    x[:, :, :n].expand(part.stop - part.start, -1, -1, -1),
-                    x[0, :, own].view(kv_heads, -1, length, x.shape[3]).transpose(0, 1),
-                ],
-                dim=2,
-            )
-            for x in (key, value)
-        )
-        branch = F.scaled_dot_product_attention(q[part], k, v, attn_mask=mask, scale=scaling)
-        branch = branch.view(-1, kv_heads, group, length, value.shape[3]).permute(1, 2, 0, 3, 4)
-        out[0, :, own] = branch.reshape(head, -1, value.shape[3])
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _context_blocks(n: int, window: int | None, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Rows, the columns they may see, and the mask between (None: plain causal) for the context's own attention."""
-    if window is None or n <= window:
-        yield slice(0, n), slice(0, n), None
-        return
-    for start in range(0, n, window):  # blocks, so that no mask is larger than window x 2 windows
-        rows = torch.arange(start, min(start + window, n), device=device)
-        columns = torch.arange(max(0, start - window + 1), int(rows[-1]) + 1, device=device)
-        distance = rows[:, None] - columns
-        yield (
-            slice(start, start + len(rows)),
-            slice(int(columns[0]), start + len(rows)),
-            (distance >= 0) & (distance < window),
-        )
-
-
-def _branch_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a branch's token may look, shape (length, n + length): columns are the context, then the branch."""
-    distance = n + torch.arange(length, device=device)[:, None] - torch.arange(n + length, device=device)
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
-
-
-AttentionInterface.register("lrs_packed", _attend_packed)

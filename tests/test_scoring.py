@@ -1,5 +1,5 @@
-import dataclasses
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
-from lrs_utils.scoring import contains_answer, generate_answers
+from lrs_utils.packed import _BLOCK_ROWS, pack
+from lrs_utils.scoring import Kept, contains_answer, generate_answers
 from lrs_utils.tasks import Probe, Question, Suite
 
 SCALINGS = {2: LayerScaling((1.4, 0.8)), 30: LayerScaling([0.9] * 12 + [1.0] * 18)}
@@ -27,7 +28,7 @@ def with_answers(suite, answers):
     """The suite with other answers: a random model is right about nothing but its own words."""
     probes = []
     for probe, texts in zip(suite.probes, answers, strict=True):
-        questions = (dataclasses.replace(q, answer=a) for q, a in zip(probe.questions, texts, strict=True))
+        questions = (replace(q, answer=a) for q, a in zip(probe.questions, texts, strict=True))
         probes.append(Probe(probe.context, tuple(questions), probe.n_items))
     return Suite("answers", tuple(probes))
 
@@ -81,7 +82,7 @@ def test_smollm2_loses_the_middle(smollm2):
 def test_branches_in_groups_give_the_same(tiny, monkeypatch):
     suite = tasks.kv_retrieval(6, 2, keys="short")
     whole = score(tiny, suite, [SCALINGS[2]])
-    monkeypatch.setattr("lrs_utils.scoring._BRANCH_BYTES", 1)  # one branch a group
+    monkeypatch.setitem(_BLOCK_ROWS, "cpu", 1)  # one branch a block
     np.testing.assert_allclose(score(tiny, suite, [SCALINGS[2]]).nll, whole.nll, atol=1e-5)
 
 
@@ -97,6 +98,80 @@ def test_candidates_share_equal_first_layers_and_nothing_else(family):
     # a context: first layers 0.9, 1.0, 1.2; then one second layer for each candidate that differs
     assert together.layers_run == 2 * (3 + 7)
     assert together.layers_alone == sum(one.layers_run for one in alone) == 2 * 8 * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_batch_of_contexts_and_candidates_gives_the_same(family):
+    lm = load_lm(f"tiny-{family}", dtype="float32", device="cpu")
+    probes = tasks.kv_retrieval(5, 3, keys="short").probes
+    longer = [replace(probe, context=probe.context + " " * i) for i, probe in enumerate(probes)]  # no two of a length
+    suite = Suite("lengths", tuple(longer))
+    scalings = [LayerScaling(pair) for pair in [(1.0, 1.0), (1.2, 1.1), (0.9, 1.1), (1.2, 0.8), (1.0, 2.0)]]
+    alone = score(lm, suite, scalings, batch_tokens=1)
+    for tokens in (500, 1000, 100_000):
+        together = score(lm, suite, scalings, batch_tokens=tokens)
+        np.testing.assert_array_equal(together.exact, alone.exact)
+        np.testing.assert_allclose(together.nll, alone.nll, atol=1e-5)
+        assert together.layers_run == alone.layers_run
+
+
+def out_of_memory_above(lm, most_tokens):
+    """Let the last layer run out of memory as a GPU's would; gives the tokens of each attempt."""
+    tokens = []
+
+    def limited(layer, args):
+        tokens.append(args[0].shape[1])
+        if args[0].shape[1] > most_tokens:
+            raise torch.OutOfMemoryError("made up")
+
+    lm.model.model.layers[-1].register_forward_pre_hook(limited)
+    return tokens
+
+
+def test_running_out_of_memory_halves_the_batch_and_goes_on(tmp_path):
+    tiny = load_lm("tiny-llama", dtype="float32", device="cpu")
+    suite = tasks.kv_retrieval(3, 4, keys="short")
+    scalings = [LayerScaling((1.0, second)) for second in (0.8, 0.9, 1.1)]
+    expected = score(tiny, suite, scalings, batch_tokens=1)
+    one = score(tiny, Suite("one", suite.probes[:1]), scalings[:1])
+    tokens = out_of_memory_above(tiny, 700)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    outcomes = score(tiny, suite, scalings, ledger=ledger, batch_tokens=10_000)
+    np.testing.assert_allclose(outcomes.nll, expected.nll, atol=1e-5)
+    np.testing.assert_array_equal(outcomes.exact, expected.exact)
+    assert len(ledger) == one.recomputed * 12 == outcomes.recomputed
+    assert max(tokens) > 700
+    assert sum(t > 700 for t in tokens) <= 3  # halved, not tried again and again
+
+
+def test_a_context_that_fits_no_memory_says_so():
+    tiny = load_lm("tiny-llama", dtype="float32", device="cpu")
+    out_of_memory_above(tiny, 10)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        score(tiny, tasks.kv_retrieval(3, 2, keys="short"), [SCALINGS[2]], batch_tokens=1000)
+    assert "tokens with its 3 questions; ask it at fewer positions" in error.value.__notes__[0]
+
+
+def test_unscaled_first_layers_are_kept_for_later_calls(tiny):
+    suite = tasks.kv_retrieval(3, 2, keys="short")
+    first_kept, scaled = LayerScaling((1.0, 1.3)), LayerScaling((1.3, 1.0))
+    kept = Kept()
+    assert score(tiny, suite, [first_kept], kept=kept).layers_run == 4
+    later = score(tiny, suite, [LayerScaling((1.0, 1.2))], kept=kept)
+    assert later.layers_run == 2  # the second layer of two contexts
+    np.testing.assert_array_equal(later.nll, score(tiny, suite, [LayerScaling((1.0, 1.2))]).nll)
+    both = score(tiny, suite, [scaled, first_kept], kept=kept)
+    np.testing.assert_array_equal(both.nll, score(tiny, suite, [scaled, first_kept]).nll)
+
+
+def test_what_is_kept_stays_within_its_limit(tiny):
+    suite = tasks.kv_retrieval(3, 3, keys="short")
+    one = score(tiny, Suite("one", suite.probes[:1]), [SCALINGS[2]])
+    assert one.layers_run == 2
+    hidden = len(pack(tiny, suite.probes[0], "").ids) * tiny.model.config.hidden_size * 4
+    kept = Kept(max_bytes=hidden + 100)  # of one context
+    for layers_run in (6, 5, 5):
+        assert score(tiny, suite, [LayerScaling((1.0, 1.2))], kept=kept, batch_tokens=1).layers_run == layers_run
 
 
 def test_the_model_is_left_as_it_was(tiny):
@@ -194,11 +269,11 @@ def test_free_answers_equal_generate_on_each_question_alone(smollm2):
     suite = tasks.kv_retrieval(8, 2, seed=5, keys="short")
     scaling = SCALINGS[30]
     answers = generate_answers(smollm2, suite, scaling, max_new_tokens=12)
-    bare = dataclasses.replace(suite.probes[0].questions[0], answer_prefix="")
+    bare = replace(suite.probes[0].questions[0], answer_prefix="")
     with scaling.applied_to(smollm2.model):
         for probe, texts in zip(suite.probes, answers, strict=True):
             for question, text in zip(probe.questions, texts, strict=True):
-                alone = decoded(smollm2, probe, dataclasses.replace(question, answer_prefix=bare.answer_prefix), 12)
+                alone = decoded(smollm2, probe, replace(question, answer_prefix=bare.answer_prefix), 12)
                 assert alone.startswith(text)  # free answers end at the end-of-text token
     contained = contains_answer(suite, answers)
     assert contained.shape == (2, 8)

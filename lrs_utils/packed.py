@@ -1,0 +1,234 @@
+"""A context with all its questions as one row of tokens, and attention over such rows.
+
+The context comes first, then a branch for each question, nothing padded. A branch goes on where the context ends and
+sees the context and itself only, so the context is read once. Several contexts, and several copies of them for
+candidates, may be laid end to end in one row: they don't see each other.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lrs_utils.models import LM
+from lrs_utils.tasks import Probe
+
+# Query rows (tokens x heads that share a key head) of one block of logits: small enough for a CPU's cache with a
+# context of some thousand tokens, large enough to keep either device busy.
+_BLOCK_ROWS = {"cpu": 1024, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A probe as a row of tokens, on the CPU."""
+
+    ids: Tensor  # (tokens,)
+    positions: Tensor  # like ids
+    branch: Tensor  # like ids: 0 in the context, 1 and on in the branches
+    judged: Tensor  # (answer tokens of all questions,): where in the row each is predicted
+    targets: Tensor  # like judged: the token that should come
+    owner: NDArray[np.int64]  # like judged: its question
+
+    @property
+    def longest(self) -> int:
+        """Tokens from the begin of the context to the end of the longest branch."""
+        return int(self.positions.max()) + 1
+
+
+def pack(lm: LM, probe: Probe, where: str) -> Packed:
+    """Tokenise every question with its context as it would be alone, and fold what they share.
+
+    Raises
+    ------
+    ValueError
+        An answer whose tokens don't follow its prompt's; `where` says of which context.
+    """
+    texts = [probe.context + q.prompt + q.answer_prefix for q in probe.questions]
+    texts += [text + q.answer for text, q in zip(texts, probe.questions, strict=True)]
+    tokens = lm.tokenizer(texts)["input_ids"]
+    prompts, wholes = tokens[: len(probe.questions)], tokens[len(probe.questions) :]
+    for question, prompt, whole in zip(probe.questions, prompts, wholes, strict=True):
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise ValueError(
+                f"the answer {question.answer!r} at position {question.position} in {where} merges with its prompt's "
+                "last token; choose an answer_prefix that ends at a token boundary"
+            )
+    n = shared_prefix(prompts)
+    ids, positions, branch = prompts[0][:n], list(range(n)), [0] * n
+    judged: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for q, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+        judged += range(len(ids) + len(prompt) - n - 1, len(ids) + len(whole) - n - 1)
+        targets += whole[len(prompt) :]
+        owner += [q] * (len(whole) - len(prompt))
+        ids += whole[n:-1]
+        positions += range(n, len(whole) - 1)
+        branch += [q + 1] * (len(whole) - 1 - n)
+    tensor = torch.tensor
+    return Packed(tensor(ids), tensor(positions), tensor(branch), tensor(judged), tensor(targets), np.array(owner))
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts open with, leaving each at least one of its own."""
+    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
+    return min(same, min(map(len, prompts)) - 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Query rows that are attended to together: part of a context, or whole branches."""
+
+    first: int  # of the context's columns that they see
+    seen: int  # end of the columns that they see before their own
+    rows: slice  # in the layout; also their own columns
+    bias: Tensor  # 0 or -inf, (rows, last columns): nothing is hidden in the columns before
+
+
+class Layout:
+    """Packed probes laid end to end, as attention needs to know them."""
+
+    def __init__(self, packs: Sequence[Packed], device: torch.device) -> None:
+        starts = [0, *accumulate(len(p.ids) for p in packs)]
+        self.length = starts[-1]
+        self.ids, self.positions, self.targets = (
+            torch.cat([getattr(p, name) for p in packs]).to(device) for name in ("ids", "positions", "targets")
+        )
+        self.judged = torch.cat([p.judged + start for p, start in zip(packs, starts, strict=False)]).to(device)
+        n_asked = [int(p.owner.max()) + 1 for p in packs]
+        self.owner = np.concatenate(
+            [p.owner + before for p, before in zip(packs, accumulate(n_asked, initial=0), strict=False)]
+        )
+        self.contexts = [
+            slice(start, start + int((p.branch == 0).sum())) for p, start in zip(packs, starts, strict=False)
+        ]
+        self._packs, self._starts = packs, starts
+        self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
+
+    def blocks(self, most_rows: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
+        """Blocks of at most about `most_rows` rows that cover all branches and, if asked, the contexts."""
+        key = (most_rows, context, window)
+        if key not in self._blocks:
+            self._blocks[key] = [
+                _Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias)
+                for pack, start in zip(self._packs, self._starts, strict=False)
+                for first, seen, rows, bias in _blocks_of(pack, most_rows, context, window, like)
+            ]
+        return self._blocks[key]
+
+
+def _blocks_of(
+    pack: Packed, most_rows: int, context: bool, window: int | None, like: Tensor
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    n = int((pack.branch == 0).sum())
+    ends = pack.branch.bincount().cumsum(0).tolist()  # of the context and of each branch
+    cuts = [*range(0, n, most_rows), n] if context else [n]
+    for end, following in pairwise([*ends[1:], math.inf]):
+        if following - cuts[-1] > most_rows:
+            cuts.append(end)
+    for a, b in pairwise(cuts):
+        seen = min(a, n)
+        first = 0 if window is None else max(0, int(pack.positions[a]) - window + 1)
+        # without a window only their own columns can be hidden from these rows
+        columns = torch.cat([torch.arange(first if window is not None else seen, seen), torch.arange(a, b)])
+        distance = pack.positions[a:b, None] - pack.positions[columns]
+        branch = pack.branch[columns]
+        visible = (distance >= 0) & ((branch == 0) | (branch == pack.branch[a:b, None]))
+        if window is not None:
+            visible &= distance < window
+        bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+        yield first, seen, slice(a, b), bias.to(like)
+
+
+_layout: ContextVar[Layout] = ContextVar("layout")
+
+
+@contextmanager
+def packed_attention(lm: LM) -> Iterator[None]:
+    """Let the model's layers attend by the layout given with `laid_out`."""
+    before = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation("lrs_packed")
+    if lm.model.config._attn_implementation != "lrs_packed":
+        raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
+    try:
+        yield
+    finally:
+        lm.model.set_attn_implementation(before)
+
+
+@contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """Rows of tokens are copies of `layout` while this is entered."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def _attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | EllipsisType | None = ...,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
+    for unsupported in ("softcap", "s_aux"):
+        if kwargs.get(unsupported) is not None:
+            raise ValueError(f"{type(module).__name__} uses {unsupported}, which packed scoring does not know")
+    if isinstance(sliding_window, EllipsisType):  # not handed over: the family has it in its mask, or has none
+        if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
+            raise ValueError(f"{type(module).__name__} hides its sliding window from packed scoring")
+        sliding_window = None
+    layout = _layout.get()
+    (_, heads, tokens, dim), kv_heads, value_dim = query.shape, key.shape[1], value.shape[3]
+    group, device = heads // kv_heads, query.device.type
+    # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (data/results/benchmark.csv)
+    fused = sliding_window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
+    out = query.new_empty(tokens, kv_heads, group, value_dim)
+    q = query.view(kv_heads, group, tokens, dim)
+    k = (key[0] * (dim**-0.5 if scaling is None else scaling)).contiguous()
+    v = value[0].contiguous()
+    # on a CPU one key head at a time: its logits stay in the cache
+    head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(None)]
+    most_rows = max(1, _BLOCK_ROWS.get(device, 8192) // group)
+    for start in range(0, tokens, layout.length):
+        for context in layout.contexts if fused else ():
+            at = slice(start + context.start, start + context.stop)
+            whole = F.scaled_dot_product_attention(
+                query[:, :, at], k[None, :, at], v[None, :, at], is_causal=True, scale=1.0, enable_gqa=group > 1
+            )
+            out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
+        for block in layout.blocks(most_rows, not fused, sliding_window, query):
+            rows = slice(start + block.rows.start, start + block.rows.stop)
+            n_rows, n_hidden = block.bias.shape
+            for part in head_parts:
+                if block.seen == block.rows.start:
+                    k_seen, v_seen = (x[part, start + block.first : rows.stop] for x in (k, v))
+                else:
+                    seen = slice(start + block.first, start + block.seen)
+                    k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
+                # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
+                logits = q[part, :, rows].flatten(1, 2) @ k_seen.mT
+                logits.view(-1, group, n_rows, logits.shape[2])[..., -n_hidden:] += block.bias
+                mixed = logits.softmax(-1) @ v_seen
+                out[rows, part] = mixed.view(-1, group, n_rows, value_dim).permute(2, 0, 1, 3)
+    return out.flatten(1, 2)[None], None
+
+
+AttentionInterface.register("lrs_packed", _attend_packed)
