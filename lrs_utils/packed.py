@@ -26,7 +26,7 @@ from lrs_utils.tasks import Probe
 
 # Query rows (tokens x heads that share a key head) of one block of logits: small enough for a CPU's cache with a
 # context of some thousand tokens, large enough to keep either device busy.
-_BLOCK_ROWS = {"cpu": 1024, "cuda": 8192}
+_BLOCK_ROWS = {"cpu": 768, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Layout:
         ]
         self._packs, self._starts = packs, starts
         self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
+        self._scratch = torch.empty(0)
 
     def blocks(self, most_rows: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
         """Blocks of at most about `most_rows` rows that cover all branches and, if asked, the contexts."""
@@ -126,6 +127,13 @@ class Layout:
                 for first, seen, rows, bias in _blocks_of(pack, most_rows, context, window, like)
             ]
         return self._blocks[key]
+
+    def scratch(self, *shape: int, like: Tensor) -> Tensor:
+        """Two tensors of this shape to write to, in memory that is used again and again: fresh pages are slow."""
+        size = 2 * math.prod(shape)
+        if self._scratch.numel() < size or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
+            self._scratch = like.new_empty(size)
+        return self._scratch[:size].view(2, *shape)
 
 
 def _blocks_of(
@@ -224,10 +232,13 @@ def _attend_packed(
                     seen = slice(start + block.first, start + block.seen)
                     k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
                 # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
-                logits = q[part, :, rows].flatten(1, 2) @ k_seen.mT
+                queries = q[part, :, rows].flatten(1, 2)
+                logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)
+                torch.bmm(queries, k_seen.mT, out=logits)
                 logits.view(-1, group, n_rows, logits.shape[2])[..., -n_hidden:] += block.bias
-                mixed = logits.softmax(-1) @ v_seen
-                out[rows, part] = mixed.view(-1, group, n_rows, value_dim).permute(2, 0, 1, 3)
+                torch.softmax(logits, -1, out=weights)
+                mixed = torch.bmm(weights, v_seen).view(-1, group, n_rows, value_dim)
+                out[rows, part] = mixed.permute(2, 0, 1, 3)
     return out.flatten(1, 2)[None], None
 
 
