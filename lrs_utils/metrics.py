@@ -39,9 +39,7 @@ def utilisation(
     -------
     float array, shape (...)
     """
-    w = np.asarray(weights, float)
-    if w.shape != (3,) or not (0 < w[0] < w[1] < w[2]):
-        raise ValueError(f"weights is {weights}; U needs 0 < first < middle < last")
+    w = _increasing(weights)
     accuracy = np.asarray(exact, float).mean(axis=-2)
     return np.asarray(accuracy[..., first_middle_last(depths)] @ (w / w.sum()))
 
@@ -53,6 +51,33 @@ def first_middle_last(depths: ArrayLike) -> list[int]:
         raise ValueError(f"U needs questions at depths 0, about 0.5 and 1; there are {np.round(depths, 3).tolist()}")
     # of an even number of items the earlier of the two middle ones: item (n-1)//2
     return [int(np.argmin(np.abs(depths - d))) for d in (0.0, 0.5 - 1e-9, 1.0)]
+
+
+def utilisation_over_depths(
+    exact: ArrayLike, depths: ArrayLike, weights: tuple[float, float, float] = UTILISATION_WEIGHTS
+) -> NDArray[np.float64]:
+    """U with its three weights spread over every depth asked (our variant; the paper's U has three positions).
+
+    The weight of a depth lies on the straight lines through the three at 0, 0.5 and 1; weights are normalised to sum 1.
+
+    Parameters
+    ----------
+    exact : bool array, shape (..., contexts, questions)
+    depths : float array, shape (questions,)
+
+    Returns
+    -------
+    float array, shape (...)
+    """
+    w = np.interp(np.asarray(depths, float), (0.0, 0.5, 1.0), _increasing(weights))
+    return np.asarray(np.asarray(exact, float).mean(axis=-2) @ (w / w.sum()))
+
+
+def _increasing(weights: tuple[float, float, float]) -> NDArray[np.float64]:
+    w = np.asarray(weights, float)
+    if w.shape != (3,) or not (0 < w[0] < w[1] < w[2]):
+        raise ValueError(f"weights is {weights}; U needs 0 < first < middle < last")
+    return w
 
 
 def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
@@ -97,3 +122,30 @@ def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: in
         rng=np.random.default_rng(seed),
     )  # fmt: skip
     return float(found.pvalue)
+
+
+def chance_of_catching_up(difference: ArrayLike, n_contexts: int) -> NDArray[np.float64]:
+    """One-sided p that a mean over all contexts, seen so far below 0, ends at 0 or above.
+
+    A t-test with the correction for a finite population: the contexts still to come are a few, not a world.
+
+    Parameters
+    ----------
+    difference : array, shape (..., contexts seen)
+        One number for each of the first contexts, at least two, in an order that has nothing to do with the outcome.
+    n_contexts : int
+        Contexts in all.
+
+    Returns
+    -------
+    float array, shape (...)
+    """
+    difference = np.asarray(difference, float)
+    n = difference.shape[-1]
+    if not 2 <= n < n_contexts:
+        raise ValueError(f"{n} of {n_contexts} contexts are seen; the test needs at least 2, and some still to come")
+    mean, spread = difference.mean(axis=-1), difference.std(axis=-1, ddof=1)
+    error = spread * np.sqrt(1 / n - 1 / n_contexts)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no spread: the sign decides
+        t = np.where(mean == 0, np.inf, mean / error)
+    return np.asarray(stats.t.cdf(t, n - 1))

@@ -5,7 +5,8 @@ keeps nothing on disk: resuming a search is running it again, with the ledger an
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 
 from lrs_utils.bezier import BezierCurve
 from lrs_utils.ledger import Ledger
-from lrs_utils.metrics import utilisation
+from lrs_utils.metrics import chance_of_catching_up, utilisation, utilisation_over_depths
 from lrs_utils.models import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling
-from lrs_utils.scoring import Outcomes, score
+from lrs_utils.scoring import Kept, Outcomes, score
 from lrs_utils.tasks import Suite
 
 Fitness = tuple[float, ...]  # compared left to right, greater is better
@@ -25,7 +26,7 @@ Objective = Callable[[Outcomes], Sequence[Fitness]]
 
 
 class Searcher(Protocol):
-    """What `search` needs of a way to search."""
+    """What `search` needs of a way to search. Racing needs a `rival` as well, see `GeneticSearch`."""
 
     def ask(self) -> list[LayerScaling]:
         """Propose candidates not proposed before; an empty list ends the search."""
@@ -43,7 +44,13 @@ def utilisation_then_nll(outcomes: Outcomes) -> list[Fitness]:
     return list(zip(u.tolist(), (-outcomes.nll.mean(axis=(1, 2))).tolist(), strict=True))
 
 
-@dataclass(frozen=True)
+def utilisation_over_depths_then_nll(outcomes: Outcomes) -> list[Fitness]:
+    """U's weights spread over every depth asked, for suites that ask at all positions; ties as above."""
+    u = utilisation_over_depths(outcomes.exact, outcomes.depths)
+    return list(zip(u.tolist(), (-outcomes.nll.mean(axis=(1, 2))).tolist(), strict=True))
+
+
+@dataclass
 class SearchResult:
     """How a search went, in the order of evaluation.
 
@@ -51,16 +58,24 @@ class SearchResult:
     ----------
     candidates : list of LayerScaling
     fitness : list of tuples
+        (-inf,) where racing stopped a candidate.
     generation : list of int
         The `ask` that each candidate came from.
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
+    spared : int
+        Contexts of candidates that racing left out.
+    layers_run, layers_alone : int
+        Decoder layers computed, and how many it would have been with each candidate on its own (see `score`).
     """
 
-    candidates: list[LayerScaling]
-    fitness: list[Fitness]
-    generation: list[int]
-    recomputed: int
+    candidates: list[LayerScaling] = field(default_factory=list)
+    fitness: list[Fitness] = field(default_factory=list)
+    generation: list[int] = field(default_factory=list)
+    recomputed: int = 0
+    spared: int = 0
+    layers_run: int = 0
+    layers_alone: int = 0
 
     @property
     def best(self) -> LayerScaling:
@@ -81,6 +96,7 @@ def search(
     budget: int,
     ledger: Ledger | None = None,
     objective: Objective = utilisation_then_nll,
+    racing: float | None = None,
 ) -> SearchResult:
     """Let a searcher spend `budget` candidates on a suite.
 
@@ -92,27 +108,87 @@ def search(
         Candidates to evaluate, each on the whole suite; the last generation is cut to fit.
     objective : function of Outcomes
         Gives one fitness tuple a candidate, greater is better.
+    racing : float, optional
+        Stop a candidate after half or three quarters of the contexts if it is clearly worse than the searcher's
+        `rival`. The number is the error rate: the chance that a candidate is stopped that would have ended as good
+        (`chance_of_catching_up`, halved between the two looks). The objective's first number must be a mean over
+        contexts. Without it every candidate sees every context: exactly the plain search.
     """
     if budget < 1:
         raise ValueError(f"budget is {budget}; a search needs at least 1 candidate")
-    candidates: list[LayerScaling] = []
-    fitness: list[Fitness] = []
-    generation: list[int] = []
-    recomputed = number = 0
+    if racing is not None:
+        if not 0 < racing < 1:
+            raise ValueError(f"racing is {racing}; it is an error rate, between 0 and 1")
+        if not hasattr(searcher, "rival"):
+            raise ValueError(f"{type(searcher).__name__} has no rival to race against; leave racing out")
+        if len(suite.probes) < 4:
+            raise ValueError(f"suite {suite.name} has {len(suite.probes)} contexts; racing needs at least 4")
+    result, kept, number = SearchResult(), Kept(), 0
+    worth: dict[LayerScaling, NDArray[np.float64]] = {}  # context by context, of candidates that saw them all
     with Progress(budget * len(suite.probes), "search").entered() as bar:
-        while len(candidates) < budget and (asked := searcher.ask()):
-            asked = asked[: budget - len(candidates)]
-            outcomes = score(lm, suite, asked, ledger=ledger, progress=bar)
-            told = [tuple(f) for f in objective(outcomes)]
+
+        def measured(candidates: Sequence[LayerScaling], first: int, end: int) -> Outcomes:
+            part = replace(suite, probes=suite.probes[first:end])
+            outcomes = score(lm, part, candidates, ledger=ledger, progress=bar, kept=kept)
+            result.recomputed += outcomes.recomputed
+            result.layers_run += outcomes.layers_run
+            result.layers_alone += outcomes.layers_alone
+            return outcomes
+
+        while len(result.candidates) < budget and (asked := searcher.ask()):
+            asked = asked[: budget - len(result.candidates)]
+            told: list[Fitness] = [(-np.inf,)] * len(asked)
+            rival = None if racing is None else searcher.rival  # type: ignore[attr-defined]
+            if racing is None or rival is None:
+                alive, outcomes = list(range(len(asked))), measured(asked, 0, len(suite.probes))
+            else:
+                alive, outcomes, spared = _raced(measured, asked, worth[rival], objective, racing)
+                result.spared += spared
+                bar.advance(spared)
+            for c, fitness in zip(alive, objective(outcomes), strict=True):
+                told[c] = tuple(fitness)
+            if racing is not None:
+                worth |= zip([asked[c] for c in alive], _by_context(objective, outcomes), strict=True)
             searcher.tell(asked, told)
-            candidates += asked
-            fitness += told
-            generation += [number] * len(asked)
-            recomputed += outcomes.recomputed
-            best = ", ".join(f"{value:.3f}" for value in max(fitness))
-            bar.advance(0, f"generation {number}: {len(candidates)} candidates, best fitness {best}")
+            result.candidates += asked
+            result.fitness += told
+            result.generation += [number] * len(asked)
+            best = ", ".join(f"{value:.3f}" for value in max(result.fitness))
+            bar.advance(0, f"generation {number}: {len(result.candidates)} candidates, best fitness {best}")
             number += 1
-    return SearchResult(candidates, fitness, generation, recomputed)
+    return result
+
+
+def _raced(
+    measured: Callable[[Sequence[LayerScaling], int, int], Outcomes],
+    asked: Sequence[LayerScaling],
+    rival: NDArray[np.float64],
+    objective: Objective,
+    error_rate: float,
+) -> tuple[list[int], Outcomes, int]:
+    """Candidates that stay in the race with their outcomes, and how many contexts the others were spared.
+
+    `rival` is worth so much context by context.
+    """
+    n = len(rival)
+    looks = [n // 2, n * 3 // 4]
+    alive, spared, seen = list(range(len(asked))), 0, measured(asked, 0, looks[0])
+    for end, following in pairwise([*looks, n]):
+        behind = _by_context(objective, seen) - rival[:end]
+        stay = np.flatnonzero(chance_of_catching_up(behind, n) >= error_rate / len(looks))
+        spared += (len(alive) - len(stay)) * (n - end)
+        alive = [alive[i] for i in stay]
+        stage = measured([asked[c] for c in alive], end, following)
+        exact = np.concatenate([seen.exact[stay], stage.exact], axis=1)
+        seen = replace(seen, exact=exact, nll=np.concatenate([seen.nll[stay], stage.nll], axis=1))
+    return alive, seen, spared
+
+
+def _by_context(objective: Objective, outcomes: Outcomes) -> NDArray[np.float64]:
+    """The objective's first number of each context by itself, (candidates, contexts)."""
+    contexts = range(outcomes.exact.shape[1])
+    each = (objective(replace(outcomes, exact=outcomes.exact[:, [p]], nll=outcomes.nll[:, [p]])) for p in contexts)
+    return np.array([[fitness[0] for fitness in column] for column in each]).reshape(len(contexts), -1).T
 
 
 @dataclass(frozen=True)
@@ -210,6 +286,11 @@ class GeneticSearch:
         self._members += [_Member(self._curves[c.factors], c, f) for c, f in zip(candidates, fitness, strict=True)]
         self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the elder stays
         del self._members[self._parents :]
+
+    @property
+    def rival(self) -> LayerScaling | None:
+        """Whom a new candidate must beat to become a parent: the weakest one, or nobody while there is room."""
+        return self._members[-1].scaling if len(self._members) == self._parents else None
 
     def curve(self, scaling: LayerScaling) -> BezierCurve:
         """The control points behind a scaling that this search proposed."""

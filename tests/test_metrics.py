@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from lrs_utils.metrics import UTILISATION_WEIGHTS, bootstrap_mean, first_middle_last, paired_test, utilisation
+from lrs_utils.metrics import (
+    UTILISATION_WEIGHTS,
+    bootstrap_mean,
+    chance_of_catching_up,
+    first_middle_last,
+    paired_test,
+    utilisation,
+    utilisation_over_depths,
+)
 
 
 def test_utilisation_weighs_first_middle_and_last():
@@ -52,3 +60,35 @@ def test_the_paired_test_sees_a_shift_and_not_noise():
     assert paired_test(base, base) == 1.0
     with pytest.raises(ValueError, match="one number a context"):
         paired_test(np.ones((3, 2)), np.ones((3, 2)))
+
+
+def test_utilisation_spread_over_depths_weighs_the_end_three_times_the_begin():
+    exact = np.zeros((5, 2, 5), bool)
+    for question in range(5):
+        exact[question, :, question] = True
+    worth = utilisation_over_depths(exact, np.linspace(0, 1, 5))
+    np.testing.assert_allclose(worth / worth[0], [1, 1.5, 2, 2.5, 3])
+    np.testing.assert_allclose(worth.sum(), 1)
+    three = utilisation_over_depths(exact[..., [0, 2, 4]], [0, 0.5, 1])
+    np.testing.assert_allclose(three, utilisation(exact[..., [0, 2, 4]], [0, 0.5, 1]))
+    with pytest.raises(ValueError, match="U needs 0 < first"):
+        utilisation_over_depths(exact, np.linspace(0, 1, 5), (3, 2, 1))
+
+
+@pytest.mark.parametrize("seen", [6, 12])
+def test_the_chance_of_catching_up_errs_as_often_as_it_says(seen):
+    rng = np.random.default_rng(0)
+    differences = rng.integers(-3, 4, size=(20_000, 16)) / 6  # of U, context by context
+    tied = differences[np.abs(differences.mean(axis=1)) < 1e-9]  # end exactly as good: the hardest to spare
+    p = chance_of_catching_up(tied[:, :seen], 16)
+    assert len(tied) > 300
+    for rate in (0.05, 0.2):
+        assert abs((p < rate).mean() - rate) < 0.05
+    worse = differences - 0.5
+    assert (chance_of_catching_up(worse[:, :seen], 16) < 0.05).mean() > 0.5
+
+
+def test_without_spread_the_sign_decides_the_chance():
+    np.testing.assert_array_equal(chance_of_catching_up([[0, 0, 0], [-1, -1, -1], [1, 1, 1]], 5), [1, 0, 1])
+    with pytest.raises(ValueError, match="5 of 5 contexts are seen"):
+        chance_of_catching_up(np.zeros(5), 5)

@@ -139,6 +139,69 @@ def test_the_budget_cuts_the_last_generation_and_the_ledger_makes_a_second_run_f
         search(tiny, suite, GeneticSearch(2, population=6, parents=4), budget=0)
 
 
+def minus_nll(outcomes):
+    """Smooth, and a mean over contexts: even a random model gives a race something to see."""
+    return [(-float(nll),) for nll in outcomes.nll.mean(axis=(1, 2))]
+
+
+def raced(tiny, racing, ledger=None):
+    genetic = GeneticSearch(2, population=8, parents=4, mutations=4, crossovers=4, seed=3)
+    suite = tasks.kv_retrieval(3, 9, keys="short")
+    return search(tiny, suite, genetic, budget=28, objective=minus_nll, racing=racing, ledger=ledger)
+
+
+def test_racing_spares_contexts_and_stops_only_what_would_not_have_been_kept(tiny, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    plain, racing = raced(tiny, None, ledger), raced(tiny, 0.1)
+    assert plain.spared == 0
+    stopped = [i for i, fitness in enumerate(racing.fitness) if fitness == (-np.inf,)]
+    assert stopped
+    assert all(racing.generation[i] > 0 for i in stopped)  # the first generation has nobody to beat
+    assert racing.recomputed + 3 * racing.spared == 28 * 9 * 3
+    assert 3 * len(stopped) <= racing.spared <= 5 * len(stopped)  # of 9 contexts 4 or 6 were seen
+    # nobody stopped here belonged among the parents, so everything else is as without racing
+    assert racing.candidates == plain.candidates
+    assert racing.best == plain.best
+    again = raced(tiny, 0.1, ledger)
+    assert (again.recomputed, again.fitness) == (0, racing.fitness)
+
+
+def test_racing_at_no_risk_is_the_plain_search(tiny):
+    plain, racing = raced(tiny, None), raced(tiny, 1e-15)
+    assert (racing.candidates, racing.fitness, racing.spared) == (plain.candidates, plain.fitness, 0)
+
+
+def test_a_race_that_can_not_be_run_is_refused(tiny):
+    suite, genetic = tasks.kv_retrieval(3, 3, keys="short"), GeneticSearch(2, population=4, parents=2)
+    with pytest.raises(ValueError, match=r"racing is 1\.5"):
+        search(tiny, suite, genetic, budget=4, racing=1.5)
+    with pytest.raises(ValueError, match="kv-short-3 has 3 contexts; racing needs at least 4"):
+        search(tiny, suite, genetic, budget=4, racing=0.1)
+
+    class Lone:
+        ask = tell = None
+
+    with pytest.raises(ValueError, match="Lone has no rival"):
+        search(tiny, suite, Lone(), budget=4, racing=0.1)
+
+
+def test_the_rival_is_the_weakest_parent_once_there_is_no_room():
+    genetic = GeneticSearch(8, population=6, parents=4, mutations=2, crossovers=2)
+    candidates = genetic.ask()
+    genetic.tell(candidates[:3], [(1.0,), (2.0,), (3.0,)])
+    assert genetic.rival is None
+    genetic.tell(candidates[3:], [(4.0,), (5.0,), (0.0,)])
+    assert genetic.rival == candidates[1]
+
+
+def test_layers_are_shared_across_the_whole_search(tiny):
+    suite = tasks.kv_retrieval(3, 2, keys="short")
+    genetic = GeneticSearch(2, bounds=(1.0, 1.1), population=4, parents=2, mutations=2, crossovers=2)
+    result = search(tiny, suite, genetic, budget=1000)
+    assert result.layers_alone == 4 * 2 * 2
+    assert result.layers_run < result.layers_alone
+
+
 KILLED = """
 import sys
 from lrs_utils import GeneticSearch, Ledger, load_lm, search, tasks
