@@ -1,10 +1,11 @@
 # make demo: a search on a real model, in minutes.   make test: everything CI checks.
+# make bench: what an answer and a search cost, against decoding each answer anew and the machine's limit.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
 # one line of output a step, also when a terminal is attached to make
 RUN := $(BIN)/papermill --log-output --no-progress-bar
 
-.PHONY: demo test lint model clean
+.PHONY: demo test bench lint model clean
 
 demo: model
 	@mkdir -p build
@@ -13,6 +14,9 @@ demo: model
 
 test: lint model
 	$(BIN)/python -m pytest
+
+bench: model
+	$(BIN)/python -m lrs_utils.benchmark
 
 lint: .venv/installed
 	$(BIN)/ruff check .

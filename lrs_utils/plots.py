@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,6 +69,42 @@ def search_progress(result: SearchResult, *, ylabel: str, ax: Axes | None = None
     ax.set(xlabel="candidates evaluated (lines: generations)", ylabel=ylabel)
     ax.legend(frameon=False)
     return _figure(ax)
+
+
+def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
+    """Seconds an answer against the number of pairs, and how much faster than decoding at `pairs`.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `lrs_utils.benchmark.summary` gives it.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1, 1.2))
+    lines = {"generate": "model.generate, one by one", "score, all positions": "score, all positions"}
+    for (line, label), colour, marker in zip(lines.items(), _COLOURS, "os", strict=False):
+        rows = table[table["line"] == line].sort_values("pairs")
+        each = rows["seconds_an_answer"]
+        left.errorbar(
+            rows["pairs"], each, yerr=[each - rows["least"], rows["most"] - each], color=colour, marker=marker,
+            markersize=4, capsize=2, label=label,
+        )  # fmt: skip
+        limit = {"color": colour, "linestyle": ":", "linewidth": 1}
+        left.plot(rows["pairs"], each * rows["share_of_limit"], label="its operations at full rate", **limit)
+    ticks = sorted(set(table.loc[table["line"] == "generate", "pairs"]))
+    left.set(xscale="log", yscale="log", xlabel="pairs in the context", ylabel="seconds an answer")
+    left.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+    left.minorticks_off()
+    left.legend(frameon=False, fontsize="small")
+    bars = table[(table["pairs"] == pairs) & ~table["line"].str.endswith("generate")].iloc[::-1]
+    ratio = bars["times_faster"]
+    right.barh(
+        bars["line"], ratio, xerr=[ratio - bars["slowest"], bars["fastest"] - ratio], color=_COLOURS[0], capsize=2
+    )
+    for y, (value, high) in enumerate(zip(ratio, bars["fastest"], strict=True)):
+        right.text(high * 1.05, y, f"{value:.0f}x", va="center", fontsize="small")
+    right.set(xscale="log", xlabel=f"times faster an answer than model.generate ({pairs} pairs)")
+    right.set_xlim(1, bars["fastest"].max() * 2)
+    return figure
 
 
 def _figure(ax: Axes) -> Figure:

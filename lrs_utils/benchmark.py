@@ -1,0 +1,351 @@
+"""What an answer and a search cost, against decoding every answer anew and against the machine's limit: `make bench`.
+
+One run; repetitions of all lines are interleaved, so that a noisy machine slows them alike, and ratios are taken within
+a repetition. The limit is the number of operations the line's work needs over the machine's own rate of matrix products
+in the model's precision, measured in the same repetition.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor
+
+from lrs_utils import plots, tasks
+from lrs_utils.bezier import BezierCurve
+from lrs_utils.ledger import Ledger
+from lrs_utils.models import LM, load_lm
+from lrs_utils.packed import pack
+from lrs_utils.progress import Progress
+from lrs_utils.reproduce import versions
+from lrs_utils.scaling import LayerScaling, reachable_decoder
+from lrs_utils.scoring import score
+from lrs_utils.search import (
+    GeneticSearch,
+    Objective,
+    SearchResult,
+    search,
+    utilisation_over_depths_then_nll,
+    utilisation_then_nll,
+)
+from lrs_utils.tasks import Probe, Suite
+
+_ROOT = Path(__file__).resolve().parent.parent
+_RACING = 0.1
+GENERATE, ALONE, THREE, ALL = "generate", "score, one question", "score, three positions", "score, all positions"
+GENERATION, GENERATION_ALONE = "generation of the search", "generation, each candidate alone"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time: what it is, how many answers it gives, and the operations that takes at least."""
+
+    line: str
+    pairs: int
+    answers: int
+    operations: float
+    run: Callable[[Progress], object]
+    steps: int  # of progress
+
+
+def operations(lm: LM, tokens: int, seen: int, judged: int) -> float:
+    """Multiplications and additions of a forward pass.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens through every layer.
+    seen : int
+        Sum over these tokens of the tokens that each attends to, itself included.
+    judged : int
+        Tokens whose logits are wanted.
+    """
+    config, layers = lm.model.config.get_text_config(), reachable_decoder(lm.model).layers
+    weights = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_attention_heads * head_dim * len(layers)  # queries with keys, weights with values
+    return float(2 * (weights * tokens + attention * seen + config.vocab_size * config.hidden_size * judged))
+
+
+def generate_work(lm: LM, probe: Probe, scaling: LayerScaling, questions: Sequence[int]) -> Work:
+    """(a) The way public code does it: `model.generate` for each question on its full prompt, one at a time."""
+    prompts: list[tuple[Tensor, int]] = []
+    total = 0.0
+    for q in questions:
+        packed = pack(lm, replace(probe, questions=(probe.questions[q],)), "the benchmark")
+        n, answer = len(packed.ids) + 1 - len(packed.judged), len(packed.judged)
+        prompts.append((packed.ids[None, :n].to(lm.model.device), answer))
+        total += operations(lm, n + answer - 1, (n + answer - 1) * (n + answer) // 2, answer)
+
+    def run(bar: Progress) -> None:
+        with scaling.applied_to(lm.model):
+            for ids, answer in prompts:
+                lm.model.generate(  # type: ignore[operator]
+                    ids, max_new_tokens=answer, min_new_tokens=answer, do_sample=False, pad_token_id=0
+                )
+                bar.advance(1)
+
+    return Work(GENERATE, probe.n_items, len(questions), total, run, len(questions))
+
+
+def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling], *, together: bool = True) -> Work:
+    """Contexts scored under some scalings; operations are those of the layers that differ between candidates."""
+    packs = [pack(lm, probe, "the benchmark") for probe in suite.probes]
+    share = len(_distinct_layers(scalings)) / sum(len(s.factors) for s in scalings) if together else 1.0
+    one = sum(operations(lm, len(p.ids), int((p.positions + 1).sum()), 0) for p in packs)
+    judged = sum(operations(lm, 0, 0, len(p.judged)) for p in packs)
+
+    def run(bar: Progress) -> None:
+        for group in [scalings] if together else [[s] for s in scalings]:
+            score(lm, suite, group, extrapolate=True, progress=bar)
+
+    answers = len(scalings) * len(suite.probes) * len(suite.depths)
+    work = len(scalings) * (one * share + judged)
+    return Work(line, suite.probes[0].n_items, answers, work, run, len(scalings) * len(suite.probes))
+
+
+def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[tuple[float, float], ...]]:
+    """Branches of the trie of candidates: what must be computed, a layer each."""
+    return {s.layers[: layer + 1] for s in scalings for layer in range(len(s.factors))}
+
+
+def matrix_rate(lm: LM) -> float:
+    """Operations a second of the fastest of some matrix products in the model's precision."""
+    best = 0.0
+    for m, k, n in [(1024,) * 3, (2048,) * 3, (4096,) * 3, (4096, 1024, 4096)]:
+        a, b = (torch.randn(rows, k, device=lm.model.device, dtype=lm.model.dtype) for rows in (m, n))
+        product = partial(torch.nn.functional.linear, a, b)
+        best = max(best, *(2 * m * k * n / _seconds(lm, product) for _ in range(4)))  # the first warms up
+    return best
+
+
+def _seconds(lm: LM, run: Callable[[], object]) -> float:
+    if lm.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if lm.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measured(lm: LM, repetitions: Sequence[Sequence[Work]]) -> pd.DataFrame:
+    """Run all work, repetition by repetition; one row each time, with the matrix rate of its repetition."""
+    rows = []
+    bar = Progress(sum(work.steps for works in repetitions for work in works), "benchmark")
+    with torch.inference_mode(), bar.entered():
+        for repetition, works in enumerate(repetitions):
+            rate = matrix_rate(lm)
+            for work in works:
+                seconds = _seconds(lm, partial(work.run, bar))
+                rows.append(
+                    {
+                        "repetition": repetition,
+                        "line": work.line,
+                        "pairs": work.pairs,
+                        "answers": work.answers,
+                        "seconds": seconds,
+                        "limit": work.operations / rate,
+                        "rate": rate,
+                        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def summary(raw: pd.DataFrame) -> pd.DataFrame:
+    """A row for each line and number of pairs: medians over repetitions, ratios taken within a repetition."""
+    raw = raw.assign(each=raw["seconds"] / raw["answers"], share=raw["limit"] / raw["seconds"])
+    generate = raw[raw["line"] == GENERATE].set_index(["repetition", "pairs"])["each"]
+    raw["ratio"] = generate.reindex(pd.MultiIndex.from_frame(raw[["repetition", "pairs"]])).to_numpy() / raw["each"]
+    groups = raw.groupby(["line", "pairs"], sort=False)
+    table = groups.agg(
+        times_faster=("ratio", "median"), fastest=("ratio", "max"), slowest=("ratio", "min"),
+        seconds_an_answer=("each", "median"), least=("each", "min"), most=("each", "max"),
+        share_of_limit=("share", "median"), answers=("answers", "first"), repetitions=("each", "size"),
+    )  # fmt: skip
+    return table.reset_index()
+
+
+class _CountingSearch(GeneticSearch):
+    """Counts the genomes drawn whose factors were known, which the search redraws instead of scoring them again."""
+
+    known = 0
+
+    def _claim(self, curve: BezierCurve) -> tuple[float, ...] | None:
+        factors = super()._claim(curve)
+        self.known += factors is None
+        return factors
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A real search, replayed from its outcomes."""
+
+    name: str
+    answers: int  # a context
+    evaluations: int  # contexts times candidates
+    generations: list[list[LayerScaling]]
+    known: int  # genomes drawn again
+    spared: int  # evaluations that racing leaves out
+    same_best: bool  # with racing
+
+    @property
+    def layers_saved(self) -> float:
+        """Share of layer computations that candidates of a generation have in common."""
+        alone = sum(len(s.factors) for generation in self.generations for s in generation)
+        return 1 - sum(len(_distinct_layers(generation)) for generation in self.generations) / alone
+
+    def __str__(self) -> str:
+        candidates = sum(map(len, self.generations))
+        return (
+            f"{self.name}: {candidates} candidates, {self.known} more genomes drawn with known factors; layers saved "
+            f"by the trie {self.layers_saved:.1%}; contexts spared by racing at error rate {_RACING}: "
+            f"{self.spared / self.evaluations:.1%}, same best candidate: {'yes' if self.same_best else 'no'}"
+        )
+
+
+def recorded_search(
+    lm: LM, settings: Mapping[str, Any], ledger: Ledger, name: str, objective: Objective, positions: list[int] | None
+) -> Recorded:
+    """Notebook 06's search, plain and with racing, from the outcomes that ship with it."""
+
+    def replayed(racing: float | None) -> tuple[SearchResult, int]:
+        half = settings["population"] // 2
+        genetic = _CountingSearch(
+            lm.num_layers, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
+            start=settings["start"], population=2 * half, parents=half, mutations=half // 2,
+            crossovers=half - half // 2, seed=settings["seed"],
+        )  # fmt: skip
+        result = search(
+            lm, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective, racing=racing
+        )
+        return result, genetic.known
+
+    suite = tasks.kv_retrieval(
+        settings["n_pairs"], settings["n_contexts"], settings["seed"], keys=settings["keys"], positions=positions
+    )
+    plain, known = replayed(None)
+    if plain.recomputed:
+        raise RuntimeError(f"the shipped outcomes lack {plain.recomputed} of {name}; run notebook 06 and commit them")
+    raced, _ = replayed(_RACING)
+    generations = [
+        [c for c, g in zip(plain.candidates, plain.generation, strict=True) if g == number]
+        for number in range(max(plain.generation) + 1)
+    ]
+    evaluations = len(plain.candidates) * len(suite.probes)
+    return Recorded(name, len(suite.depths), evaluations, generations, known, raced.spared, raced.best == plain.best)
+
+
+def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFrame:
+    """Add whole searches to the times measured: their evaluations times what one took in each repetition."""
+    rows = []
+    for repetition, times in raw.groupby("repetition"):
+        if GENERATION not in set(times["line"]):
+            continue
+        at = times[times["pairs"] == times.loc[times["line"] == GENERATION, "pairs"].iloc[0]].set_index("line")
+        trie = at.loc[GENERATION, "seconds"] / at.loc[GENERATION_ALONE, "seconds"]
+        trie_limit = at.loc[GENERATION, "limit"] / at.loc[GENERATION_ALONE, "limit"]
+        for one in recorded:
+            context = at.loc[ALL if one.answers == at.loc[ALL, "answers"] else THREE]
+            generate = at.loc[GENERATE] * one.answers / at.loc[GENERATE, "answers"]
+            raced = one.evaluations - one.spared
+            for line, seconds, limit in (
+                (GENERATE, one.evaluations * generate["seconds"], one.evaluations * generate["limit"]),
+                ("score", one.evaluations * context["seconds"], one.evaluations * context["limit"]),
+                ("trie", one.evaluations * context["seconds"] * trie, one.evaluations * context["limit"] * trie_limit),
+                ("trie and racing", raced * context["seconds"] * trie, raced * context["limit"] * trie_limit),
+            ):
+                rows.append(
+                    {
+                        "repetition": repetition, "line": f"{one.name}: {line}", "pairs": context["pairs"],
+                        "answers": one.evaluations * one.answers, "seconds": seconds, "limit": limit,
+                        "rate": context["rate"],
+                    }
+                )  # fmt: skip
+    return pd.concat([raw, pd.DataFrame(rows)], ignore_index=True)
+
+
+def main() -> None:
+    """Measure, print and write `data/results/benchmark.csv` and `figures/benchmark.svg`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140])
+    parser.add_argument("--out", type=Path, default=_ROOT, help="folder that gets data/results and figures")
+    arguments = parser.parse_args()
+    settings = yaml.safe_load((_ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text(encoding="utf-8"))
+    lm, pairs = load_lm(settings["model"], dtype=settings["dtype"]), settings["n_pairs"]
+    three = [0, (pairs - 1) // 2, pairs - 1]
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.sqlite")
+        ledger.load(_ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
+        recorded = [
+            recorded_search(lm, settings, ledger, "search of U", utilisation_then_nll, three),
+            recorded_search(lm, settings, ledger, "search of all depths", utilisation_over_depths_then_nll, None),
+        ]
+    scaling, generation = recorded[0].generations[-1][0], recorded[0].generations[1]
+
+    def works(repetition: int) -> Iterator[Work]:
+        for n in sorted({*arguments.pairs, pairs}):
+            if n > 50 and repetition >= 3:
+                continue  # minutes each, and steady
+            suite = tasks.kv_retrieval(n, 1, seed=20_000 + repetition)
+            asked = [q * n // 4 + repetition % (n // 4) for q in range(4 if n == pairs else 1)]
+            yield generate_work(lm, suite.probes[0], scaling, asked)
+            yield score_work(lm, ALL, suite, [scaling])
+            if n == pairs:
+                for line, positions in ((ALONE, [asked[0]]), (THREE, three)):
+                    few = tasks.kv_retrieval(n, 1, seed=20_000 + repetition, positions=positions)
+                    yield score_work(lm, line, few, [scaling])
+                yield score_work(lm, GENERATION, suite, generation)
+                yield score_work(lm, GENERATION_ALONE, suite, generation, together=False)
+
+    _warm_up(lm, scaling)
+    plan = [list(works(repetition)) for repetition in range(arguments.repetitions)]
+    raw = measured(lm, plan)
+    table = summary(with_searches(raw, recorded))
+    peaks = raw[raw["repetition"] == 0].groupby("pairs")["peak"].max()  # of the process so far, fewest pairs first
+    provenance = f"make bench | {versions()} | {_machine(lm)} | {lm!r}"
+    facts = [f"matrix products: {raw['rate'].median() / 1e9:.0f} GFLOP/s"]
+    facts += [f"peak memory up to {n} pairs: {gib:.2f} GiB" for n, gib in peaks.items()]
+    report = "\n".join([provenance, *facts, *map(str, recorded)])
+    print(table.round(3).to_string(index=False), report, sep="\n")
+    plots.use_style()
+    for name in ("data/results", "figures"):
+        (arguments.out / name).mkdir(parents=True, exist_ok=True)
+    comments = "".join(f"# {line}\n" for line in report.split("\n"))
+    csv = table.to_csv(index=False, float_format="%.4g")
+    (arguments.out / "data/results/benchmark.csv").write_text(comments + csv, encoding="utf-8")
+    plots.benchmark(table, pairs).savefig(arguments.out / "figures/benchmark.svg", metadata={"Date": None})
+
+
+def _warm_up(lm: LM, scaling: LayerScaling) -> None:
+    probe = tasks.kv_retrieval(4, 1).probes[0]
+    generate_work(lm, probe, scaling, [0]).run(Progress(1, "warm-up"))
+    score_work(lm, ALL, tasks.kv_retrieval(4, 1), [scaling]).run(Progress(1, "warm-up"))
+
+
+def _machine(lm: LM) -> str:
+    if lm.model.device.type == "cuda":
+        return torch.cuda.get_device_name(lm.model.device)
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    main()
