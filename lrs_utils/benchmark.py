@@ -57,6 +57,7 @@ class Work:
     operations: float
     run: Callable[[Progress], object]
     steps: int  # of progress
+    saved: float = 0.0  # share of layers that candidates have in common
 
 
 def operations(lm: LM, tokens: int, seen: int, judged: int) -> float:
@@ -112,7 +113,7 @@ def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling]
 
     answers = len(scalings) * len(suite.probes) * len(suite.depths)
     work = len(scalings) * (one * share + judged)
-    return Work(line, suite.probes[0].n_items, answers, work, run, len(scalings) * len(suite.probes))
+    return Work(line, suite.probes[0].n_items, answers, work, run, len(scalings) * len(suite.probes), 1 - share)
 
 
 def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[tuple[float, float], ...]]:
@@ -158,6 +159,7 @@ def measured(lm: LM, repetitions: Sequence[Sequence[Work]]) -> pd.DataFrame:
                         "seconds": seconds,
                         "limit": work.operations / rate,
                         "rate": rate,
+                        "saved": work.saved,
                         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                     }
                 )
@@ -172,8 +174,8 @@ def summary(raw: pd.DataFrame) -> pd.DataFrame:
     groups = raw.groupby(["line", "pairs"], sort=False)
     table = groups.agg(
         times_faster=("ratio", "median"), fastest=("ratio", "max"), slowest=("ratio", "min"),
-        seconds_an_answer=("each", "median"), least=("each", "min"), most=("each", "max"),
-        share_of_limit=("share", "median"), answers=("answers", "first"), repetitions=("each", "size"),
+        seconds=("seconds", "median"), answers=("answers", "first"), seconds_an_answer=("each", "median"),
+        least=("each", "min"), most=("each", "max"), share_of_limit=("share", "median"), repetitions=("each", "size"),
     )  # fmt: skip
     return table.reset_index()
 
@@ -195,24 +197,29 @@ class Recorded:
 
     name: str
     answers: int  # a context
-    evaluations: int  # contexts times candidates
-    generations: list[list[LayerScaling]]
-    known: int  # genomes drawn again
-    spared: int  # evaluations that racing leaves out
-    same_best: bool  # with racing
+    contexts: int
+    plain: SearchResult
+    raced: SearchResult
+    known: int  # genomes drawn again because their factors were known
 
-    @property
-    def layers_saved(self) -> float:
-        """Share of layer computations that candidates of a generation have in common."""
-        alone = sum(len(s.factors) for generation in self.generations for s in generation)
-        return 1 - sum(len(_distinct_layers(generation)) for generation in self.generations) / alone
+    def cost(self, result: SearchResult) -> tuple[int, float]:
+        """Contexts of candidates that were scored, and the share of their layers that candidates had in common."""
+        run = 0
+        for number in set(result.generation):
+            members = [i for i, generation in enumerate(result.generation) if generation == number]
+            for context in range(self.contexts):
+                run += len(_distinct_layers([result.candidates[i] for i in members if result.seen[i] > context]))
+        scored = sum(result.seen)
+        return scored, 1 - run / (scored * len(result.candidates[0].factors))
 
     def __str__(self) -> str:
-        candidates = sum(map(len, self.generations))
+        scored, saved = self.cost(self.plain)
+        raced, _ = self.cost(self.raced)
+        same = "the same" if self.raced.best == self.plain.best else "another"
         return (
-            f"{self.name}: {candidates} candidates, {self.known} more genomes drawn with known factors; layers saved "
-            f"by the trie {self.layers_saved:.1%}; contexts spared by racing at error rate {_RACING}: "
-            f"{self.spared / self.evaluations:.1%}, same best candidate: {'yes' if self.same_best else 'no'}"
+            f"{self.name}: {len(self.plain.candidates)} candidates, {self.known} more genomes drawn were known; "
+            f"layers saved by the trie {saved:.1%}; contexts spared by racing at error rate {_RACING}: "
+            f"{1 - raced / scored:.1%}, {same} best candidate"
         )
 
 
@@ -220,60 +227,54 @@ def recorded_search(
     lm: LM, settings: Mapping[str, Any], ledger: Ledger, name: str, objective: Objective, positions: list[int] | None
 ) -> Recorded:
     """Notebook 06's search, plain and with racing, from the outcomes that ship with it."""
+    suite = tasks.kv_retrieval(
+        settings["n_pairs"], settings["n_contexts"], settings["seed"], keys=settings["keys"], positions=positions
+    )
 
-    def replayed(racing: float | None) -> tuple[SearchResult, int]:
+    def replayed(budget: int, racing: float | None = None) -> tuple[SearchResult, int]:
         half = settings["population"] // 2
         genetic = _CountingSearch(
             lm.num_layers, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
             start=settings["start"], population=2 * half, parents=half, mutations=half // 2,
             crossovers=half - half // 2, seed=settings["seed"],
         )  # fmt: skip
-        result = search(
-            lm, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective, racing=racing
-        )
+        result = search(lm, suite, genetic, budget=budget, ledger=ledger, objective=objective, racing=racing)
         return result, genetic.known
 
-    suite = tasks.kv_retrieval(
-        settings["n_pairs"], settings["n_contexts"], settings["seed"], keys=settings["keys"], positions=positions
-    )
-    plain, known = replayed(None)
-    if plain.recomputed:
-        raise RuntimeError(f"the shipped outcomes lack {plain.recomputed} of {name}; run notebook 06 and commit them")
-    raced, _ = replayed(_RACING)
-    generations = [
-        [c for c, g in zip(plain.candidates, plain.generation, strict=True) if g == number]
-        for number in range(max(plain.generation) + 1)
-    ]
-    evaluations = len(plain.candidates) * len(suite.probes)
-    return Recorded(name, len(suite.depths), evaluations, generations, known, raced.spared, raced.best == plain.best)
+    if replayed(1)[0].recomputed:
+        raise RuntimeError(f"the shipped outcomes know nothing of the {name} on {lm!r}; run notebook 06 first")
+    plain, known = replayed(settings["budget"])
+    raced, _ = replayed(settings["budget"], _RACING)
+    return Recorded(name, len(suite.depths), len(suite.probes), plain, raced, known)
 
 
 def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFrame:
-    """Add whole searches to the times measured: their evaluations times what one took in each repetition."""
+    """Add whole searches: what they scored times what a context took in each repetition.
+
+    The trie's gain is that of the generation measured, in proportion to the layers saved. Answers are those of the
+    plain search, also where racing left some out.
+    """
     rows = []
     for repetition, times in raw.groupby("repetition"):
         if GENERATION not in set(times["line"]):
             continue
         at = times[times["pairs"] == times.loc[times["line"] == GENERATION, "pairs"].iloc[0]].set_index("line")
-        trie = at.loc[GENERATION, "seconds"] / at.loc[GENERATION_ALONE, "seconds"]
-        trie_limit = at.loc[GENERATION, "limit"] / at.loc[GENERATION_ALONE, "limit"]
+        together, alone = at.loc[GENERATION], at.loc[GENERATION_ALONE]
         for one in recorded:
             context = at.loc[ALL if one.answers == at.loc[ALL, "answers"] else THREE]
-            generate = at.loc[GENERATE] * one.answers / at.loc[GENERATE, "answers"]
-            raced = one.evaluations - one.spared
-            for line, seconds, limit in (
-                (GENERATE, one.evaluations * generate["seconds"], one.evaluations * generate["limit"]),
-                ("score", one.evaluations * context["seconds"], one.evaluations * context["limit"]),
-                ("trie", one.evaluations * context["seconds"] * trie, one.evaluations * context["limit"] * trie_limit),
-                ("trie and racing", raced * context["seconds"] * trie, raced * context["limit"] * trie_limit),
+            (plain, saved), (raced, raced_saved) = one.cost(one.plain), one.cost(one.raced)
+            for line, base, scale, share in (
+                (GENERATE, at.loc[GENERATE], plain * one.answers / at.loc[GENERATE, "answers"], 0),
+                ("score", context, plain, 0),
+                ("trie", context, plain, saved),
+                ("trie and racing", context, raced, raced_saved),
             ):
-                rows.append(
-                    {
-                        "repetition": repetition, "line": f"{one.name}: {line}", "pairs": context["pairs"],
-                        "answers": one.evaluations * one.answers, "seconds": seconds, "limit": limit,
-                        "rate": context["rate"],
-                    }
-                )  # fmt: skip
+                gained = {
+                    what: base[what] * scale * (1 - (1 - together[what] / alone[what]) * share / together["saved"])
+                    for what in ("seconds", "limit")
+                }
+                name = {"line": f"{one.name}: {line}", "answers": plain * one.answers}
+                rows.append({"repetition": repetition, "pairs": base["pairs"], **name, **gained})
     return pd.concat([raw, pd.DataFrame(rows)], ignore_index=True)
 
 
@@ -281,7 +282,7 @@ def main() -> None:
     """Measure, print and write `data/results/benchmark.csv` and `figures/benchmark.svg`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140], help="4 or more each")
     parser.add_argument("--out", type=Path, default=_ROOT, help="folder that gets data/results and figures")
     arguments = parser.parse_args()
     settings = yaml.safe_load((_ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text(encoding="utf-8"))
@@ -294,7 +295,9 @@ def main() -> None:
             recorded_search(lm, settings, ledger, "search of U", utilisation_then_nll, three),
             recorded_search(lm, settings, ledger, "search of all depths", utilisation_over_depths_then_nll, None),
         ]
-    scaling, generation = recorded[0].generations[-1][0], recorded[0].generations[1]
+    first = recorded[0].plain
+    scaling = first.best
+    generation = [c for c, number in zip(first.candidates, first.generation, strict=True) if number == 1]
 
     def works(repetition: int) -> Iterator[Work]:
         for n in sorted({*arguments.pairs, pairs}):

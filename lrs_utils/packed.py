@@ -24,9 +24,10 @@ from transformers import AttentionInterface
 from lrs_utils.models import LM
 from lrs_utils.tasks import Probe
 
-# Query rows (tokens x heads that share a key head) of one block of logits: small enough for a CPU's cache with a
-# context of some thousand tokens, large enough to keep either device busy.
-_BLOCK_ROWS = {"cpu": 768, "cuda": 8192}
+# Query rows (tokens x heads that share a key head) in a block of attention: on a CPU few enough that logits over some
+# thousand columns stay in the cache; anywhere no more than fit the bytes below.
+_BLOCK_ROWS = {"cpu": 768}
+_BLOCK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,13 @@ class Layout:
         self.contexts = [
             slice(start, start + int((p.branch == 0).sum())) for p, start in zip(packs, starts, strict=False)
         ]
-        self._packs, self._starts = packs, starts
+        self._packs, self._starts, self.longest = packs, starts, max(p.longest for p in packs)
         self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
         self._scratch = torch.empty(0)
 
     def blocks(self, most_rows: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
         """Blocks of at most about `most_rows` rows that cover all branches and, if asked, the contexts."""
-        key = (most_rows, context, window)
+        key = (most_rows, context, window, like.device, like.dtype)
         if key not in self._blocks:
             self._blocks[key] = [
                 _Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias)
@@ -132,6 +133,7 @@ class Layout:
         """Two tensors of this shape to write to, in memory that is used again and again: fresh pages are slow."""
         size = 2 * math.prod(shape)
         if self._scratch.numel() < size or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
+            self._scratch = torch.empty(0)  # let go of the old memory first
             self._scratch = like.new_empty(size)
         return self._scratch[:size].view(2, *shape)
 
@@ -208,19 +210,20 @@ def _attend_packed(
     group, device = heads // kv_heads, query.device.type
     # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (data/results/benchmark.csv)
     fused = sliding_window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
+    scale = dim**-0.5 if scaling is None else scaling
     out = query.new_empty(tokens, kv_heads, group, value_dim)
     q = query.view(kv_heads, group, tokens, dim)
-    k = (key[0] * (dim**-0.5 if scaling is None else scaling)).contiguous()
-    v = value[0].contiguous()
+    k, v = key[0].contiguous(), value[0].contiguous()
     # on a CPU one key head at a time: its logits stay in the cache
-    head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(None)]
-    most_rows = max(1, _BLOCK_ROWS.get(device, 8192) // group)
+    head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(0, kv_heads)]
+    row_bytes = 2 * query.element_size() * layout.longest * head_parts[0].stop * group
+    most_rows = max(1, min(_BLOCK_ROWS.get(device, 8192) // group, _BLOCK_BYTES // row_bytes))
     for start in range(0, tokens, layout.length):
         for context in layout.contexts if fused else ():
             at = slice(start + context.start, start + context.stop)
-            whole = F.scaled_dot_product_attention(
-                query[:, :, at], k[None, :, at], v[None, :, at], is_causal=True, scale=1.0, enable_gqa=group > 1
-            )
+            # keys repeated for the heads that share them: torch's fast kernels don't all take them shared
+            k_seen, v_seen = (x[:, at].repeat_interleave(group, 0)[None] for x in (k, v))
+            whole = F.scaled_dot_product_attention(query[:, :, at], k_seen, v_seen, is_causal=True, scale=scale)
             out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
         for block in layout.blocks(most_rows, not fused, sliding_window, query):
             rows = slice(start + block.rows.start, start + block.rows.stop)
@@ -234,7 +237,7 @@ def _attend_packed(
                 # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
                 queries = q[part, :, rows].flatten(1, 2)
                 logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)
-                torch.bmm(queries, k_seen.mT, out=logits)
+                torch.baddbmm(logits, queries, k_seen.mT, beta=0, alpha=scale, out=logits)
                 logits.view(-1, group, n_rows, logits.shape[2])[..., -n_hidden:] += block.bias
                 torch.softmax(logits, -1, out=weights)
                 mixed = torch.bmm(weights, v_seen).view(-1, group, n_rows, value_dim)

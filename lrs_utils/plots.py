@@ -103,7 +103,7 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     for y, (value, high) in enumerate(zip(ratio, bars["fastest"], strict=True)):
         right.text(high * 1.05, y, f"{value:.0f}x", va="center", fontsize="small")
     right.set(xscale="log", xlabel=f"times faster an answer than model.generate ({pairs} pairs)")
-    right.set_xlim(1, bars["fastest"].max() * 2)
+    right.set_xlim(min(1, bars["slowest"].min() / 2), bars["fastest"].max() * 2)
     return figure
 
 

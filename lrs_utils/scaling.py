@@ -160,6 +160,13 @@ class PositionTables:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._name, self._rotary = model_name(model), reachable_decoder(model).rotary_emb
+        rope_type = getattr(self._rotary, "rope_type", "default")
+        for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
+            if "dynamic" in kind or kind == "longrope":
+                raise ValueError(
+                    f"{self._name} has rope type {kind!r}, which recomputes its frequencies in every forward pass from "
+                    "whatever is read with it and would undo a layer's factor; load it with a static rope type"
+                )
         self._scaled: dict[tuple[float, float], nn.Module] = {}
         # cos handed out by the rotary embedding -> how it was called and the tables made from that call so far. By
         # identity: several calls differ (Gemma 3 makes two kinds), and a layer receives the very cos of one of them.
@@ -305,13 +312,6 @@ def _refuse_partial_rotary(model: PreTrainedModel) -> None:
 
 def _scaled_rotary(rotary: nn.Module, factor: float, temperature: float, *, name: str) -> nn.Module:
     """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
-    rope_type = getattr(rotary, "rope_type", "default")
-    for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
-        if "dynamic" in kind or kind == "longrope":
-            raise ValueError(
-                f"{name} has rope type {kind!r}, which recomputes its frequencies in every forward pass and would "
-                "undo the layer's factor; load it with a static rope type"
-            )
     scaled = copy.deepcopy(rotary)
     frequencies = [buffer for buffer_name, buffer in scaled.named_buffers() if buffer_name.endswith("inv_freq")]
     gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]

@@ -26,7 +26,7 @@ from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
 _CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
-_JUDGED_AT_ONCE = 128  # answer tokens whose logits, a vocabulary each, are in memory together
+_LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: what stays in a cache
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Outcomes:
 class Kept:
     """What calls of `score` on one model may share, in memory: tokens, and outputs of first layers left unscaled.
 
-    Made by whoever scores the same contexts again and again (`search`), and dropped with the model's weights unchanged.
+    For whoever scores the same contexts again and again, as `search` does. To be dropped when a weight changes.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Kept:
         """Keep the output of a batch's first layers if there is room."""
         _, before = self._outputs.pop(contexts, (0, None))
         self._room += before.nbytes if before is not None else 0
-        if layers > 0 and output.nbytes <= self._room:
+        if output.nbytes <= self._room:
             self._room -= output.nbytes
             self._outputs[contexts] = (layers, output)
 
@@ -326,7 +326,7 @@ class _Walk:
         """Each candidate with its verdicts and nll, shape (contexts, questions), in the order of the walk."""
         group = sorted(self._batch.candidates, key=self._paths.__getitem__)
         unscaled = [all(self._paths[c][layer] == (1.0, 1.0) for c in group) for layer in range(len(self._layers))]
-        contexts = sum(self._batch.keys, ())
+        contexts = sum(self._batch.keys, (self._lm.fingerprint,))
         n_first = [*unscaled, False].index(False)
         depth, hidden = self._kept.after(contexts, n_first)
         embedded = self._embedded()
@@ -399,10 +399,13 @@ class _Walk:
 
     def _judged(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """Verdicts and nll, (copies, contexts, questions), by the model's own last norm and head."""
-        states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, self._layout.judged].flatten(0, 1)
+        judged = self._layout.judged.to(hidden.device)
+        states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, judged].flatten(0, 1)
         targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
+        vocabulary = self._lm.model.config.get_text_config().vocab_size
+        at_once = max(1, _LOGITS_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
         hits, losses = [], []
-        for some, wanted in zip(*(torch.split(x, _JUDGED_AT_ONCE) for x in (states, targets)), strict=True):
+        for some, wanted in zip(*(torch.split(x, at_once) for x in (states, targets)), strict=True):
             with _layers_replaced(self._layers, lambda *_, some=some, **__: some[None]):
                 logits = self._lm.model(wanted[None], use_cache=False).logits[0].float()
             hits.append(logits.argmax(-1) == wanted)

@@ -59,21 +59,21 @@ class SearchResult:
     candidates : list of LayerScaling
     fitness : list of tuples
         (-inf,) where racing stopped a candidate.
+    seen : list of int
+        Contexts that each candidate saw: all, unless racing stopped it.
     generation : list of int
         The `ask` that each candidate came from.
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
-    spared : int
-        Contexts of candidates that racing left out.
     layers_run, layers_alone : int
         Decoder layers computed, and how many it would have been with each candidate on its own (see `score`).
     """
 
     candidates: list[LayerScaling] = field(default_factory=list)
     fitness: list[Fitness] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
     generation: list[int] = field(default_factory=list)
     recomputed: int = 0
-    spared: int = 0
     layers_run: int = 0
     layers_alone: int = 0
 
@@ -97,6 +97,7 @@ def search(
     ledger: Ledger | None = None,
     objective: Objective = utilisation_then_nll,
     racing: float | None = None,
+    batch_tokens: int | None = None,
 ) -> SearchResult:
     """Let a searcher spend `budget` candidates on a suite.
 
@@ -105,7 +106,7 @@ def search(
     Parameters
     ----------
     budget : int
-        Candidates to evaluate, each on the whole suite; the last generation is cut to fit.
+        Candidates to evaluate; the last generation is cut to fit.
     objective : function of Outcomes
         Gives one fitness tuple a candidate, greater is better.
     racing : float, optional
@@ -113,6 +114,9 @@ def search(
         `rival`. The number is the error rate: the chance that a candidate is stopped that would have ended as good
         (`chance_of_catching_up`, halved between the two looks). The objective's first number must be a mean over
         contexts. Without it every candidate sees every context: exactly the plain search.
+    batch_tokens : int, optional
+        As in `score`. Matrix products of another shape round differently on a GPU, and the nll may decide between
+        candidates: fix it where two searches must agree to the last bit.
     """
     if budget < 1:
         raise ValueError(f"budget is {budget}; a search needs at least 1 candidate")
@@ -129,7 +133,7 @@ def search(
 
         def measured(candidates: Sequence[LayerScaling], first: int, end: int) -> Outcomes:
             part = replace(suite, probes=suite.probes[first:end])
-            outcomes = score(lm, part, candidates, ledger=ledger, progress=bar, kept=kept)
+            outcomes = score(lm, part, candidates, ledger=ledger, progress=bar, kept=kept, batch_tokens=batch_tokens)
             result.recomputed += outcomes.recomputed
             result.layers_run += outcomes.layers_run
             result.layers_alone += outcomes.layers_alone
@@ -138,20 +142,27 @@ def search(
         while len(result.candidates) < budget and (asked := searcher.ask()):
             asked = asked[: budget - len(result.candidates)]
             told: list[Fitness] = [(-np.inf,)] * len(asked)
+            seen = [len(suite.probes)] * len(asked)
             rival = None if racing is None else searcher.rival  # type: ignore[attr-defined]
             if racing is None or rival is None:
                 alive, outcomes = list(range(len(asked))), measured(asked, 0, len(suite.probes))
             else:
-                alive, outcomes, spared = _raced(measured, asked, worth[rival], objective, racing)
-                result.spared += spared
-                bar.advance(spared)
-            for c, fitness in zip(alive, objective(outcomes), strict=True):
+                if rival not in worth:  # of an earlier search
+                    worth[rival] = _by_context(objective, measured([rival], 0, len(suite.probes)))[0]
+                outcomes, seen = _raced(measured, asked, worth[rival], objective, racing)
+                alive = [c for c, n in enumerate(seen) if n == len(suite.probes)]
+                bar.advance(sum(len(suite.probes) - n for n in seen))
+            for c, fitness in zip(alive, objective(outcomes) if alive else (), strict=True):
                 told[c] = tuple(fitness)
-            if racing is not None:
-                worth |= zip([asked[c] for c in alive], _by_context(objective, outcomes), strict=True)
+            if racing is not None and alive:
+                by_context = _by_context(objective, outcomes)
+                if not np.allclose(by_context.mean(axis=1), [told[c][0] for c in alive]):
+                    raise ValueError("the objective's first number is no mean over contexts, so it can't be raced")
+                worth |= zip([asked[c] for c in alive], by_context, strict=True)
             searcher.tell(asked, told)
             result.candidates += asked
             result.fitness += told
+            result.seen += seen
             result.generation += [number] * len(asked)
             best = ", ".join(f"{value:.3f}" for value in max(result.fitness))
             bar.advance(0, f"generation {number}: {len(result.candidates)} candidates, best fitness {best}")
@@ -165,23 +176,26 @@ def _raced(
     rival: NDArray[np.float64],
     objective: Objective,
     error_rate: float,
-) -> tuple[list[int], Outcomes, int]:
-    """Candidates that stay in the race with their outcomes, and how many contexts the others were spared.
+) -> tuple[Outcomes, list[int]]:
+    """Outcomes of those that stay in the race, and how many contexts each candidate saw.
 
     `rival` is worth so much context by context.
     """
     n = len(rival)
     looks = [n // 2, n * 3 // 4]
-    alive, spared, seen = list(range(len(asked))), 0, measured(asked, 0, looks[0])
+    seen = np.full(len(asked), looks[0])
+    outcomes = measured(asked, 0, looks[0])
     for end, following in pairwise([*looks, n]):
-        behind = _by_context(objective, seen) - rival[:end]
-        stay = np.flatnonzero(chance_of_catching_up(behind, n) >= error_rate / len(looks))
-        spared += (len(alive) - len(stay)) * (n - end)
-        alive = [alive[i] for i in stay]
+        behind = _by_context(objective, outcomes) - rival[:end]
+        stay = chance_of_catching_up(behind, n) >= error_rate / len(looks)
+        alive = np.flatnonzero(seen == end)[stay]
+        seen[alive] = following
         stage = measured([asked[c] for c in alive], end, following)
-        exact = np.concatenate([seen.exact[stay], stage.exact], axis=1)
-        seen = replace(seen, exact=exact, nll=np.concatenate([seen.nll[stay], stage.nll], axis=1))
-    return alive, seen, spared
+        exact = np.concatenate([outcomes.exact[stay], stage.exact], axis=1)
+        outcomes = replace(outcomes, exact=exact, nll=np.concatenate([outcomes.nll[stay], stage.nll], axis=1))
+        if not len(alive):
+            break
+    return outcomes, seen.tolist()
 
 
 def _by_context(objective: Objective, outcomes: Outcomes) -> NDArray[np.float64]:

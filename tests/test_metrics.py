@@ -75,20 +75,33 @@ def test_utilisation_spread_over_depths_weighs_the_end_three_times_the_begin():
         utilisation_over_depths(exact, np.linspace(0, 1, 5), (3, 2, 1))
 
 
-@pytest.mark.parametrize("seen", [6, 12])
-def test_the_chance_of_catching_up_errs_as_often_as_it_says(seen):
-    rng = np.random.default_rng(0)
-    differences = rng.integers(-3, 4, size=(20_000, 16)) / 6  # of U, context by context
-    tied = differences[np.abs(differences.mean(axis=1)) < 1e-9]  # end exactly as good: the hardest to spare
-    p = chance_of_catching_up(tied[:, :seen], 16)
-    assert len(tied) > 300
-    for rate in (0.05, 0.2):
-        assert abs((p < rate).mean() - rate) < 0.05
-    worse = differences - 0.5
-    assert (chance_of_catching_up(worse[:, :seen], 16) < 0.05).mean() > 0.5
+def ending_equal(kind, n, rows, rng):
+    """Differences that end exactly at 0: the hardest to tell from worse."""
+    if kind == "dense":
+        differences = rng.normal(size=(rows, n))
+        return differences - differences.mean(axis=1, keepdims=True)
+    if kind == "steps of U":
+        differences = rng.integers(-3, 4, size=(20 * rows, n)) / 6
+        return differences[np.abs(differences.sum(axis=1)) < 1e-9]
+    changed = np.zeros(n)
+    changed[: len(kind)] = kind
+    return rng.permuted(np.tile(changed, (rows, 1)), axis=1)
 
 
-def test_without_spread_the_sign_decides_the_chance():
-    np.testing.assert_array_equal(chance_of_catching_up([[0, 0, 0], [-1, -1, -1], [1, 1, 1]], 5), [1, 0, 1])
+@pytest.mark.parametrize("n", [8, 16, 40])
+@pytest.mark.parametrize("kind", ["dense", "steps of U", [1, -1], [1, 1, -1, -1], [1, 1, 1, -1, -1, -1], [3, -2, -1]])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
+def test_the_chance_of_catching_up_errs_no_more_often_than_stated(n, kind, rate):
+    differences = ending_equal(kind, n, 5000, np.random.default_rng(0))
+    looks = (n // 2, n * 3 // 4)
+    p = np.array([chance_of_catching_up(differences[:, :seen], n) for seen in looks])
+    assert len(differences) > 300
+    assert (p < rate / 2).any(axis=0).mean() <= rate
+
+
+def test_the_chance_of_catching_up_sees_what_is_clearly_worse():
+    worse = np.random.default_rng(0).integers(-3, 4, size=(2000, 16)) / 6 - 0.5
+    assert (chance_of_catching_up(worse[:, :8], 16) < 0.05).mean() > 0.5
+    np.testing.assert_array_equal(chance_of_catching_up([[0, 0, 0]], 5), [1])
     with pytest.raises(ValueError, match="5 of 5 contexts are seen"):
         chance_of_catching_up(np.zeros(5), 5)

@@ -153,12 +153,12 @@ def raced(tiny, racing, ledger=None):
 def test_racing_spares_contexts_and_stops_only_what_would_not_have_been_kept(tiny, tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     plain, racing = raced(tiny, None, ledger), raced(tiny, 0.1)
-    assert plain.spared == 0
-    stopped = [i for i, fitness in enumerate(racing.fitness) if fitness == (-np.inf,)]
-    assert stopped
-    assert all(racing.generation[i] > 0 for i in stopped)  # the first generation has nobody to beat
-    assert racing.recomputed + 3 * racing.spared == 28 * 9 * 3
-    assert 3 * len(stopped) <= racing.spared <= 5 * len(stopped)  # of 9 contexts 4 or 6 were seen
+    assert plain.seen == [9] * 28
+    assert set(racing.seen) > {9}
+    for seen, fitness, generation in zip(racing.seen, racing.fitness, racing.generation, strict=True):
+        assert (seen < 9) == (fitness == (-np.inf,))
+        assert seen == 9 or (generation > 0 and seen in (4, 6))  # the first generation has nobody to beat
+    assert racing.recomputed == 3 * sum(racing.seen)
     # nobody stopped here belonged among the parents, so everything else is as without racing
     assert racing.candidates == plain.candidates
     assert racing.best == plain.best
@@ -168,7 +168,15 @@ def test_racing_spares_contexts_and_stops_only_what_would_not_have_been_kept(tin
 
 def test_racing_at_no_risk_is_the_plain_search(tiny):
     plain, racing = raced(tiny, None), raced(tiny, 1e-15)
-    assert (racing.candidates, racing.fitness, racing.spared) == (plain.candidates, plain.fitness, 0)
+    assert (racing.candidates, racing.fitness, racing.seen) == (plain.candidates, plain.fitness, plain.seen)
+
+
+def test_a_searcher_that_was_told_before_can_race(tiny):
+    suite = tasks.kv_retrieval(3, 8, keys="short")
+    genetic = GeneticSearch(2, population=4, parents=2, mutations=2, crossovers=2)
+    search(tiny, suite, genetic, budget=4, objective=minus_nll)
+    more = search(tiny, suite, genetic, budget=4, objective=minus_nll, racing=0.1)
+    assert len(more.candidates) == 4
 
 
 def test_a_race_that_can_not_be_run_is_refused(tiny):
@@ -177,6 +185,12 @@ def test_a_race_that_can_not_be_run_is_refused(tiny):
         search(tiny, suite, genetic, budget=4, racing=1.5)
     with pytest.raises(ValueError, match="kv-short-3 has 3 contexts; racing needs at least 4"):
         search(tiny, suite, genetic, budget=4, racing=0.1)
+
+    def worst_context(outcomes):
+        return [(-float(nll),) for nll in outcomes.nll.mean(axis=2).max(axis=1)]
+
+    with pytest.raises(ValueError, match="no mean over contexts"):
+        search(tiny, tasks.kv_retrieval(3, 4, keys="short"), genetic, budget=4, racing=0.1, objective=worst_context)
 
     class Lone:
         ask = tell = None
