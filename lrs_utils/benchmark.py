@@ -30,11 +30,13 @@ from lrs_utils.packed import pack
 from lrs_utils.progress import Progress
 from lrs_utils.reproduce import versions
 from lrs_utils.scaling import LayerScaling, reachable_decoder
-from lrs_utils.scoring import score
+from lrs_utils.scoring import Outcomes, score
 from lrs_utils.search import (
     GeneticSearch,
     Objective,
     SearchResult,
+    by_context,
+    raced,
     search,
     utilisation_over_depths_then_nll,
     utilisation_then_nll,
@@ -180,10 +182,17 @@ def summary(raw: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-class _CountingSearch(GeneticSearch):
-    """Counts the genomes drawn whose factors were known, which the search redraws instead of scoring them again."""
+class _WatchedSearch(GeneticSearch):
+    """Counts the genomes drawn whose factors were known (they are redrawn, not scored); keeps the rivals."""
 
-    known = 0
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.known = 0
+        self.rivals: list[LayerScaling | None] = []
+
+    def ask(self) -> list[LayerScaling]:
+        self.rivals.append(self.rival)
+        return super().ask()
 
     def _claim(self, curve: BezierCurve) -> tuple[float, ...] | None:
         factors = super()._claim(curve)
@@ -193,14 +202,15 @@ class _CountingSearch(GeneticSearch):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A real search, replayed from its outcomes."""
+    """A real search, replayed from its outcomes, and what racing would have made of the same candidates."""
 
     name: str
     answers: int  # a context
     contexts: int
     plain: SearchResult
-    raced: SearchResult
+    raced: SearchResult  # the same candidates; `seen` is what racing lets them see
     known: int  # genomes drawn again because their factors were known
+    missed: int  # candidates that racing stops and that ended better than the weakest parent
 
     def cost(self, result: SearchResult) -> tuple[int, float]:
         """Contexts of candidates that were scored, and the share of their layers that candidates had in common."""
@@ -214,38 +224,52 @@ class Recorded:
 
     def __str__(self) -> str:
         scored, saved = self.cost(self.plain)
-        raced, _ = self.cost(self.raced)
-        same = "the same" if self.raced.best == self.plain.best else "another"
+        fewer, _ = self.cost(self.raced)
+        stopped = sum(seen < self.contexts for seen in self.raced.seen)
         return (
-            f"{self.name}: {len(self.plain.candidates)} candidates, {self.known} more genomes drawn were known; "
-            f"layers saved by the trie {saved:.1%}; contexts spared by racing at error rate {_RACING}: "
-            f"{1 - raced / scored:.1%}, {same} best candidate"
+            f"{self.name}: {len(self.plain.candidates)} candidates; {self.known} more genomes drawn had known factors; "
+            f"layers saved by the trie {saved:.1%}; racing at error rate {_RACING} stops {stopped} candidates, spares "
+            f"{1 - fewer / scored:.1%} of contexts, and stops {self.missed} that would have become parents"
         )
 
 
 def recorded_search(
     lm: LM, settings: Mapping[str, Any], ledger: Ledger, name: str, objective: Objective, positions: list[int] | None
 ) -> Recorded:
-    """Notebook 06's search, plain and with racing, from the outcomes that ship with it."""
+    """Notebook 06's search, from the outcomes that ship with it."""
     suite = tasks.kv_retrieval(
         settings["n_pairs"], settings["n_contexts"], settings["seed"], keys=settings["keys"], positions=positions
     )
 
-    def replayed(budget: int, racing: float | None = None) -> tuple[SearchResult, int]:
+    def replayed(budget: int) -> tuple[SearchResult, _WatchedSearch]:
         half = settings["population"] // 2
-        genetic = _CountingSearch(
+        genetic = _WatchedSearch(
             lm.num_layers, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
             start=settings["start"], population=2 * half, parents=half, mutations=half // 2,
             crossovers=half - half // 2, seed=settings["seed"],
         )  # fmt: skip
-        result = search(lm, suite, genetic, budget=budget, ledger=ledger, objective=objective, racing=racing)
-        return result, genetic.known
+        return search(lm, suite, genetic, budget=budget, ledger=ledger, objective=objective), genetic
+
+    def known(candidates: Sequence[LayerScaling], first: int, end: int) -> Outcomes:
+        return score(lm, replace(suite, probes=suite.probes[first:end]), candidates, ledger=ledger)
 
     if replayed(1)[0].recomputed:
         raise RuntimeError(f"the shipped outcomes know nothing of the {name} on {lm!r}; run notebook 06 first")
-    plain, known = replayed(settings["budget"])
-    raced, _ = replayed(settings["budget"], _RACING)
-    return Recorded(name, len(suite.depths), len(suite.probes), plain, raced, known)
+    plain, genetic = replayed(settings["budget"])
+    fitness = dict(zip(plain.candidates, plain.fitness, strict=True))
+    seen, missed = [], 0
+    for number, rival in enumerate(genetic.rivals[: max(plain.generation) + 1]):
+        candidates = [c for c, g in zip(plain.candidates, plain.generation, strict=True) if g == number]
+        if rival is None:
+            seen += [len(suite.probes)] * len(candidates)
+            continue
+        worth = by_context(objective, known([rival], 0, len(suite.probes)))[0]
+        seen += raced(known, candidates, worth, objective, _RACING)[1]
+        stopped = [c for c, n in zip(candidates, seen[-len(candidates) :], strict=True) if n < len(suite.probes)]
+        missed += sum(fitness[c] > fitness[rival] for c in stopped)
+    return Recorded(
+        name, len(suite.depths), len(suite.probes), plain, replace(plain, seen=seen), genetic.known, missed
+    )  # fmt: skip
 
 
 def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFrame:
@@ -262,12 +286,12 @@ def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFra
         together, alone = at.loc[GENERATION], at.loc[GENERATION_ALONE]
         for one in recorded:
             context = at.loc[ALL if one.answers == at.loc[ALL, "answers"] else THREE]
-            (plain, saved), (raced, raced_saved) = one.cost(one.plain), one.cost(one.raced)
+            (plain, saved), (fewer, fewer_saved) = one.cost(one.plain), one.cost(one.raced)
             for line, base, scale, share in (
                 (GENERATE, at.loc[GENERATE], plain * one.answers / at.loc[GENERATE, "answers"], 0),
                 ("score", context, plain, 0),
                 ("trie", context, plain, saved),
-                ("trie and racing", context, raced, raced_saved),
+                ("trie and racing", context, fewer, fewer_saved),
             ):
                 gained = {
                     what: base[what] * scale * (1 - (1 - together[what] / alone[what]) * share / together["saved"])

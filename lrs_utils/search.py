@@ -148,17 +148,17 @@ def search(
                 alive, outcomes = list(range(len(asked))), measured(asked, 0, len(suite.probes))
             else:
                 if rival not in worth:  # of an earlier search
-                    worth[rival] = _by_context(objective, measured([rival], 0, len(suite.probes)))[0]
-                outcomes, seen = _raced(measured, asked, worth[rival], objective, racing)
+                    worth[rival] = by_context(objective, measured([rival], 0, len(suite.probes)))[0]
+                outcomes, seen = raced(measured, asked, worth[rival], objective, racing)
                 alive = [c for c, n in enumerate(seen) if n == len(suite.probes)]
                 bar.advance(sum(len(suite.probes) - n for n in seen))
             for c, fitness in zip(alive, objective(outcomes) if alive else (), strict=True):
                 told[c] = tuple(fitness)
             if racing is not None and alive:
-                by_context = _by_context(objective, outcomes)
-                if not np.allclose(by_context.mean(axis=1), [told[c][0] for c in alive]):
+                each = by_context(objective, outcomes)
+                if not np.allclose(each.mean(axis=1), [told[c][0] for c in alive]):
                     raise ValueError("the objective's first number is no mean over contexts, so it can't be raced")
-                worth |= zip([asked[c] for c in alive], by_context, strict=True)
+                worth |= zip([asked[c] for c in alive], each, strict=True)
             searcher.tell(asked, told)
             result.candidates += asked
             result.fitness += told
@@ -170,23 +170,28 @@ def search(
     return result
 
 
-def _raced(
+def raced(
     measured: Callable[[Sequence[LayerScaling], int, int], Outcomes],
     asked: Sequence[LayerScaling],
     rival: NDArray[np.float64],
     objective: Objective,
     error_rate: float,
 ) -> tuple[Outcomes, list[int]]:
-    """Outcomes of those that stay in the race, and how many contexts each candidate saw.
+    """One generation's race: outcomes of those that stay, and how many contexts each candidate saw.
 
-    `rival` is worth so much context by context.
+    Parameters
+    ----------
+    measured : function (candidates, first, end) -> Outcomes
+        Scores candidates on the contexts from `first` to before `end`.
+    rival : float array, shape (contexts,)
+        What the rival is worth, context by context (`by_context`).
     """
     n = len(rival)
     looks = [n // 2, n * 3 // 4]
     seen = np.full(len(asked), looks[0])
     outcomes = measured(asked, 0, looks[0])
     for end, following in pairwise([*looks, n]):
-        behind = _by_context(objective, outcomes) - rival[:end]
+        behind = by_context(objective, outcomes) - rival[:end]
         stay = chance_of_catching_up(behind, n) >= error_rate / len(looks)
         alive = np.flatnonzero(seen == end)[stay]
         seen[alive] = following
@@ -198,7 +203,7 @@ def _raced(
     return outcomes, seen.tolist()
 
 
-def _by_context(objective: Objective, outcomes: Outcomes) -> NDArray[np.float64]:
+def by_context(objective: Objective, outcomes: Outcomes) -> NDArray[np.float64]:
     """The objective's first number of each context by itself, (candidates, contexts)."""
     contexts = range(outcomes.exact.shape[1])
     each = (objective(replace(outcomes, exact=outcomes.exact[:, [p]], nll=outcomes.nll[:, [p]])) for p in contexts)

@@ -5,7 +5,7 @@ import torch
 from test_packed import seen_densely
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrs_utils import LayerScaling, tasks
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
 from lrs_utils.benchmark import (
     ALL,
     ALONE,
@@ -17,6 +17,7 @@ from lrs_utils.benchmark import (
     generate_work,
     measured,
     operations,
+    recorded_search,
     score_work,
     summary,
     with_searches,
@@ -74,11 +75,14 @@ def test_every_line_is_measured_and_compared(tiny):
     assert 0.6 < trie / alone < 0.9  # of six layers, four are run; answers are judged for each
     plain = SearchResult([*generation, LayerScaling((1.3, 1.3))], [(0.0,)] * 4, [6] * 4, [0, 0, 0, 1])
     raced = replace(plain, seen=[6, 3, 3, 6])
-    recorded = [Recorded("of U", 3, 6, plain, raced, known=5), Recorded("of all", 4, 6, plain, plain, known=0)]
+    recorded = [
+        Recorded("of U", 3, 6, plain, raced, known=5, missed=1),
+        Recorded("of all", 4, 6, plain, plain, known=0, missed=0),
+    ]
     # a context: four of six layers in the first generation, both in the second
     assert recorded[0].cost(plain) == (24, pytest.approx(1 - 6 * (4 + 2) / (24 * 2)))
     assert recorded[0].cost(raced) == (18, pytest.approx(1 - (3 * (4 + 2) + 3 * (2 + 2)) / (18 * 2)))
-    assert "contexts spared by racing at error rate 0.1: 25.0%, the same best" in str(recorded[0])
+    assert "stops 2 candidates, spares 25.0% of contexts, and stops 1 that" in str(recorded[0])
     table = summary(with_searches(raw, recorded)).set_index("line")
     assert len(table) == 6 + 2 * 4
     assert (table.loc[GENERATE, ["times_faster", "slowest", "fastest"]] == 1).all()
@@ -90,3 +94,28 @@ def test_every_line_is_measured_and_compared(tiny):
     assert {ALL, "of all: trie and racing"} <= {
         t.get_text() for t in benchmark(table.reset_index(), 4).axes[1].get_yticklabels()
     }
+
+
+def test_a_search_is_replayed_from_its_outcomes_with_what_racing_would_spare(tiny, tmp_path):
+    settings = {
+        "n_pairs": 3, "n_contexts": 9, "seed": 3, "keys": "short", "population": 8, "first_layer": 0, "bounds": (1, 2),
+        "step": 0.1, "start": 1.5, "budget": 20,
+    }  # fmt: skip
+
+    def minus_nll(outcomes):
+        return [(-float(nll),) for nll in outcomes.nll.mean(axis=(1, 2))]
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        with pytest.raises(RuntimeError, match="the shipped outcomes know nothing of the race"):
+            recorded_search(tiny, settings, ledger, "race", minus_nll, None)
+        genetic = GeneticSearch(
+            2, bounds=(1, 2), start=1.5, population=8, parents=4, mutations=2, crossovers=2, seed=3
+        )  # fmt: skip
+        suite = tasks.kv_retrieval(3, 9, 3, keys="short")
+        plain = search(tiny, suite, genetic, budget=20, objective=minus_nll, ledger=ledger)
+        recorded = recorded_search(tiny, settings, ledger, "race", minus_nll, None)
+    assert recorded.plain.candidates == plain.candidates
+    assert recorded.plain.recomputed == 0
+    assert recorded.raced.seen[:8] == [9] * 8
+    assert min(recorded.raced.seen) < 9
+    assert recorded.missed == 0
