@@ -10,8 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lrs_utils.tasks import Probe, Question, Suite, files, kv_gold_moved, kv_official, kv_retrieval
+from lrs_utils.tasks import (
+    Probe,
+    Question,
+    Suite,
+    files,
+    kv_gold_moved,
+    kv_official,
+    kv_retrieval,
+    lines_retrieval,
+    passkey,
+)
 from lrs_utils.tasks.kv import kv_probe
+from lrs_utils.tasks.lines import first_integer
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "lost-in-the-middle"
 
@@ -242,3 +253,49 @@ def test_official_files_are_those_whose_hash_is_pinned(n):
     name = f"kv-retrieval-{n}_keys.jsonl.gz"
     assert hashlib.sha256((OFFICIAL / name).read_bytes()).hexdigest() == files._OFFICIAL[name][1]
     assert len(kv_official(n, folder=OFFICIAL, positions=[0]).probes) == 500
+
+
+def test_lines_are_the_release_s_prompt_and_every_line_can_be_asked():
+    suite = lines_retrieval(12, 3, seed=1, positions=[11, 0, 5])
+    np.testing.assert_allclose(suite.depths, [1, 0, 5 / 11])
+    for probe in suite.probes:
+        head, record = probe.context.split("Now the record start:\n\n")
+        assert head.startswith("Below is a record of lines I want you to remember. Each line begins with 'line <line")
+        lines = re.findall(r"line ([a-z]+-[a-z]+): REGISTER_CONTENT is <(\d+)>\n", record)
+        assert record == "".join(f"line {name}: REGISTER_CONTENT is <{n}>\n" for name, n in lines) + "\n"
+        assert len({name for name, _ in lines}) == 12
+        for question in probe.questions:
+            name, number = lines[question.position]
+            assert question.answer == number
+            assert question.prompt == (
+                f"Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number."
+            )
+    assert lines_retrieval(12, 5, seed=1, positions=[11, 0, 5]).probes[:3] == suite.probes
+    assert lines_retrieval(**suite.recipe) == suite
+    with pytest.raises(ValueError, match=r"position 12 is outside the 12 lines \(0 to 11\)"):
+        lines_retrieval(12, 1, positions=[12])
+
+
+def test_the_first_integer_of_a_text():
+    assert first_integer("The <REGISTER_CONTENT> in line a-b is <24169>, not 3") == "24169"
+    assert first_integer("none") is None
+
+
+def test_a_passkey_stands_at_its_depth():
+    begin, middle, end = passkey(10, 4, seed=1, depths=(0, 0.5, 1))
+    for suite, before in ((begin, 0), (middle, 5), (end, 10)):
+        np.testing.assert_allclose(suite.depths, [before / 10])
+        for probe in suite.probes:
+            text = probe.context + probe.questions[0].prompt
+            number = probe.questions[0].answer
+            info = f"\nThe pass key is {number}. Remember it. {number} is the pass key.\n"
+            filler_before, filler_after = text.split(info)
+            assert filler_before.count("The grass is green.") == before
+            assert filler_after.count("The grass is green.") == 10 - before
+            assert text.startswith("There is an important info hidden inside a lot of irrelevant text.")
+            assert text.endswith("\nWhat is the pass key? The pass key is")
+    assert [q.answer for q in gold_of(begin)] == [q.answer for q in gold_of(end)]
+    with pytest.raises(ValueError, match="depth 2 is outside 0 to 1"):
+        passkey(depths=(0, 2))
+    with pytest.raises(ValueError, match="n_fillers is 0"):
+        passkey(0)

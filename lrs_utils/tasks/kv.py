@@ -43,7 +43,7 @@ def kv_retrieval(
         Which pairs are asked for; every pair by default.
     """
     records = _generated(n_pairs, n_contexts, seed, keys)
-    positions = _checked(positions, n_pairs)
+    positions = checked_positions(positions, n_pairs)
     recipe = {"n_pairs": n_pairs, "n_contexts": n_contexts, "seed": seed, "keys": keys, "positions": positions}
     return Suite(f"kv-{keys}-{n_pairs}", tuple(kv_probe(pairs, positions) for pairs, _ in records), recipe)
 
@@ -69,7 +69,7 @@ def kv_official(
     folder : path, optional
         That holds `kv-retrieval-75_keys.jsonl.gz` and so on.
     """
-    positions = _checked(positions, n_pairs)
+    positions = checked_positions(positions, n_pairs)
     records = _official(n_pairs, n_contexts, first, folder)
     recipe = {"n_pairs": n_pairs, "n_contexts": n_contexts, "first": first, "positions": positions}
     return Suite(f"kv-official-{n_pairs}", tuple(kv_probe(pairs, positions) for pairs, _ in records), recipe)
@@ -97,7 +97,7 @@ def kv_gold_moved(
     list of Suite
         One for each position, the same contexts with the same question but for where the gold pair stands.
     """
-    positions = _checked(positions, n_pairs)
+    positions = checked_positions(positions, n_pairs)
     official = keys == "official"
     records = _official(n_pairs, n_contexts, 0, folder) if official else _generated(n_pairs, n_contexts, seed, keys)
     suites = []
@@ -120,12 +120,19 @@ def kv_probe(pairs: Pairs, positions: Sequence[int]) -> Probe:
     return Probe(_HEAD + "{" + lines + "}\n\n", questions, len(pairs))
 
 
-def _checked(positions: Sequence[int] | None, n_pairs: int) -> list[int]:
-    chosen = list(range(n_pairs) if positions is None else positions)
-    outside = [p for p in chosen if not 0 <= p < n_pairs]
+def checked_positions(positions: Sequence[int] | None, n_items: int, items: str = "pairs") -> list[int]:
+    """All positions of a context's items by default; one outside is refused."""
+    chosen = list(range(n_items) if positions is None else positions)
+    outside = [p for p in chosen if not 0 <= p < n_items]
     if outside:
-        raise ValueError(f"position {outside[0]} is outside the {n_pairs} pairs (0 to {n_pairs - 1})")
+        raise ValueError(f"position {outside[0]} is outside the {n_items} {items} (0 to {n_items - 1})")
     return chosen
+
+
+def syllables(rng: np.random.Generator, n: int) -> str:
+    """A pronounceable word."""
+    pairs = zip(rng.choice(list("bdfgklmnprstvz"), n), rng.choice(list("aeiou"), n), strict=True)
+    return "".join(consonant + vowel for consonant, vowel in pairs)
 
 
 def _official(n_pairs: int, n_contexts: int, first: int, folder: str | Path | None) -> list[Record]:
@@ -177,8 +184,7 @@ def _short_pairs(rng: np.random.Generator, n: int) -> Pairs:
     values = rng.choice(90_000, n, replace=False) + 10_000
     chosen: dict[str, str] = {}
     while len(chosen) < n:
-        syllables = zip(rng.choice(list("bdfgklmnprstvz"), 3), rng.choice(list("aeiou"), 3), strict=True)
-        chosen.setdefault("".join(c + v for c, v in syllables), str(values[len(chosen)]))
+        chosen.setdefault(syllables(rng, 3), str(values[len(chosen)]))
     return list(chosen.items())
 
 
