@@ -1,13 +1,28 @@
+import functools
 import gzip
+import hashlib
+import http.server
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lrs_utils.tasks import Probe, Question, Suite, kv_retrieval
+from lrs_utils.tasks import (
+    Probe,
+    Question,
+    Suite,
+    files,
+    kv_gold_moved,
+    kv_official,
+    kv_retrieval,
+    lines_retrieval,
+    passkey,
+)
 from lrs_utils.tasks.kv import kv_probe
+from lrs_utils.tasks.lines import first_integer
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "lost-in-the-middle"
 
@@ -105,3 +120,182 @@ def test_bad_input_is_refused():
     probes = tuple(Probe("c", (Question("q", "", "a", position),), 3) for position in (0, 1))
     with pytest.raises(ValueError, match="context 1 asks at depths"):
         Suite("mixed", probes)
+
+
+def gold_of(suite):
+    return [probe.questions[0] for probe in suite.probes]
+
+
+def test_the_gold_pair_moves_and_nothing_else_does():
+    begin, middle, end = kv_gold_moved(5, 4, seed=2, keys="short", positions=[0, 2, 4])
+    assert [s.depths.tolist() for s in (begin, middle, end)] == [[0.0], [0.5], [1.0]]
+    for position, suite in ((0, begin), (2, middle), (4, end)):
+        for probe, first, shared in zip(
+            suite.probes, begin.probes, kv_retrieval(5, 4, 2, keys="short").probes, strict=True
+        ):
+            pairs, at_first = pairs_of(probe), pairs_of(first)
+            assert pairs[position] == at_first[0]
+            assert pairs[:position] + pairs[position + 1 :] == at_first[1:]
+            assert sorted(pairs) == sorted(pairs_of(shared))
+            assert (probe.questions[0].prompt, probe.questions[0].answer) == (
+                first.questions[0].prompt, first.questions[0].answer
+            )  # fmt: skip
+    assert len({q.prompt for q in gold_of(begin)}) == 4
+
+
+def official_folder(tmp_path, records, name="kv-retrieval-3_keys.jsonl.gz"):
+    with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(record) for record in records) + "\n")
+    return tmp_path
+
+
+GOOD = {"ordered_kv_records": [["a", "1"], ["b", "2"], ["c", "3"]], "key": "b", "value": "2"}
+
+
+def test_official_records_are_read_from_the_users_folder(tmp_path):
+    other = {"ordered_kv_records": [["d", "4"], ["e", "5"], ["f", "6"]], "key": "f", "value": "6"}
+    folder = official_folder(tmp_path, [GOOD, other])
+    suite = kv_official(3, 1, first=1, folder=folder)
+    assert pairs_of(suite.probes[0]) == [("d", "4"), ("e", "5"), ("f", "6")]
+    [moved] = kv_gold_moved(3, 2, keys="official", positions=[0], folder=folder)
+    assert [q.answer for q in gold_of(moved)] == ["2", "6"]
+    assert pairs_of(moved.probes[1]) == [("f", "6"), ("d", "4"), ("e", "5")]
+    with pytest.raises(ValueError, match="has 2 records; first 1 and n_contexts 2 ask for more"):
+        kv_official(3, 2, first=1, folder=folder)
+    with pytest.raises(FileNotFoundError, match=r"has no kv-retrieval-75_keys\.jsonl\.gz"):
+        kv_official(75, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"key": "b", "value": "2"}, "line 2 has no field 'ordered_kv_records'"),
+        (GOOD | {"key": 5}, "line 2: field 'key' is 5, not str"),
+        (GOOD | {"value": ""}, "line 2: field 'value' is empty"),
+        (GOOD | {"value": "3"}, "line 2: fields 'key' and 'value' are no pair"),
+        (GOOD | {"key": "z"}, "line 2: fields 'key' and 'value' are no pair"),
+        (GOOD | {"ordered_kv_records": [["b", "2"], ["b", "2"], ["c", "3"]]}, "has the key 'b' twice"),
+        (GOOD | {"ordered_kv_records": [["b", "2"]]}, "line 2: field 'ordered_kv_records' has 1 pairs, not 3"),
+        (GOOD | {"ordered_kv_records": [["a"], ["b", "2"], ["c", "3"]]}, "something other than"),
+        ([1], "line 2 is no JSON object"),
+    ],
+)
+def test_a_bad_record_is_named_with_file_line_and_field(tmp_path, record, message):
+    folder = official_folder(tmp_path, [GOOD, record])
+    with pytest.raises(ValueError, match=message) as error:
+        kv_official(3, 2, folder=folder)
+    assert "kv-retrieval-3_keys.jsonl.gz, line 2" in str(error.value)
+
+
+def test_damaged_files_say_where_they_break(tmp_path):
+    path = official_folder(tmp_path, [GOOD] * 2000) / "kv-retrieval-3_keys.jsonl.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"kv-retrieval-3_keys\.jsonl\.gz breaks off after line \d+"):
+        kv_official(3, 1, folder=tmp_path)
+    path.write_bytes(gzip.compress(json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n"))
+    with pytest.raises(ValueError, match="line 2 is not UTF-8"):
+        kv_official(3, 1, folder=tmp_path)
+    path.write_bytes(gzip.compress(b'{"key": \n'))
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        kv_official(3, 1, folder=tmp_path)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """The authors' repository as a local server with one small file, and an empty cache."""
+    content = gzip.compress(json.dumps(GOOD).encode() + b"\n")
+    site = tmp_path / "site" / "kv_retrieval_data"
+    site.mkdir(parents=True)
+    (site / "kv-retrieval-3_keys.jsonl.gz").write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "site")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(files, "_BASE", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
+
+    def expect(sha256):
+        monkeypatch.setitem(files._OFFICIAL, "kv-retrieval-3_keys.jsonl.gz", ("kv_retrieval_data", sha256))
+
+    expect(hashlib.sha256(content).hexdigest())
+    yield server, expect, tmp_path / "cache" / "lost-in-the-middle"
+    server.shutdown()
+    server.server_close()
+
+
+def test_official_files_are_fetched_once_and_checked(served):
+    server, _, folder = served
+    assert pairs_of(kv_official(3, 1).probes[0])[0] == ("a", "1")
+    server.shutdown()
+    server.server_close()
+    assert len(kv_official(3, 1).probes) == 1  # from the cache
+    assert [file.name for file in folder.iterdir()] == ["kv-retrieval-3_keys.jsonl.gz"]
+
+
+def test_a_download_that_brings_something_else_leaves_no_file(served):
+    server, expect, folder = served
+    expect("0" * 64)
+    with pytest.raises(OSError, match=r"could not be fetched.*give its folder"):
+        kv_official(3, 1)
+    assert not list(folder.iterdir())
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(OSError, match="could not be fetched"):
+        kv_official(3, 1)
+    assert not list(folder.iterdir())
+    with pytest.raises(ValueError, match=r"kv-retrieval-300_keys\.jsonl\.gz is not fetched: its hash is not known"):
+        kv_official(300)
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="the official files are not at hand")
+@pytest.mark.parametrize("n", [75, 140])
+def test_official_files_are_those_whose_hash_is_pinned(n):
+    name = f"kv-retrieval-{n}_keys.jsonl.gz"
+    assert hashlib.sha256((OFFICIAL / name).read_bytes()).hexdigest() == files._OFFICIAL[name][1]
+    assert len(kv_official(n, folder=OFFICIAL, positions=[0]).probes) == 500
+
+
+def test_lines_are_the_release_s_prompt_and_every_line_can_be_asked():
+    suite = lines_retrieval(12, 3, seed=1, positions=[11, 0, 5])
+    np.testing.assert_allclose(suite.depths, [1, 0, 5 / 11])
+    for probe in suite.probes:
+        head, record = probe.context.split("Now the record start:\n\n")
+        assert head.startswith("Below is a record of lines I want you to remember. Each line begins with 'line <line")
+        lines = re.findall(r"line ([a-z]+-[a-z]+): REGISTER_CONTENT is <(\d+)>\n", record)
+        assert record == "".join(f"line {name}: REGISTER_CONTENT is <{n}>\n" for name, n in lines) + "\n"
+        assert len({name for name, _ in lines}) == 12
+        for question in probe.questions:
+            name, number = lines[question.position]
+            assert question.answer == number
+            assert question.prompt == (
+                f"Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number."
+            )
+    assert lines_retrieval(12, 5, seed=1, positions=[11, 0, 5]).probes[:3] == suite.probes
+    assert lines_retrieval(**suite.recipe) == suite
+    with pytest.raises(ValueError, match=r"position 12 is outside the 12 lines \(0 to 11\)"):
+        lines_retrieval(12, 1, positions=[12])
+
+
+def test_the_first_integer_of_a_text():
+    assert first_integer("The <REGISTER_CONTENT> in line a-b is <24169>, not 3") == "24169"
+    assert first_integer("none") is None
+
+
+def test_a_passkey_stands_at_its_depth():
+    begin, middle, end = passkey(10, 4, seed=1, depths=(0, 0.5, 1))
+    for suite, before in ((begin, 0), (middle, 5), (end, 10)):
+        np.testing.assert_allclose(suite.depths, [before / 10])
+        for probe in suite.probes:
+            text = probe.context + probe.questions[0].prompt
+            number = probe.questions[0].answer
+            info = f"\nThe pass key is {number}. Remember it. {number} is the pass key.\n"
+            filler_before, filler_after = text.split(info)
+            assert filler_before.count("The grass is green.") == before
+            assert filler_after.count("The grass is green.") == 10 - before
+            assert text.startswith("There is an important info hidden inside a lot of irrelevant text.")
+            assert text.endswith("\nWhat is the pass key? The pass key is")
+    assert [q.answer for q in gold_of(begin)] == [q.answer for q in gold_of(end)]
+    with pytest.raises(ValueError, match="depth 2 is outside 0 to 1"):
+        passkey(depths=(0, 2))
+    with pytest.raises(ValueError, match="n_fillers is 0"):
+        passkey(0)

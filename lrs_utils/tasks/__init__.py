@@ -3,7 +3,9 @@
 A suite is data and nothing else: deterministic from its seed, no network, no model. `scoring` asks it.
 """
 
-from lrs_utils.tasks.kv import kv_retrieval
+from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
+from lrs_utils.tasks.lines import lines_retrieval
+from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
-__all__ = ["Probe", "Question", "Suite", "kv_retrieval"]
+__all__ = ["Probe", "Question", "Suite", "kv_gold_moved", "kv_official", "kv_retrieval", "lines_retrieval", "passkey"]

@@ -1,0 +1,102 @@
+"""Official data files: where they come from, and reading them line by line with errors that say where."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pooch
+
+from lrs_utils.models import cache_folder
+
+# nelson-liu/lost-in-the-middle, MIT; SHA-256 of the files at this revision
+_REVISION = "29b8a6d"
+_BASE = f"https://raw.githubusercontent.com/nelson-liu/lost-in-the-middle/{_REVISION}/"
+_OFFICIAL = {
+    "kv-retrieval-75_keys.jsonl.gz": (
+        "kv_retrieval_data",
+        "eb6d61fc3473349f2b86df76757c6ab659cc929d907d24caf1c69928e03f6203",
+    ),
+    "kv-retrieval-140_keys.jsonl.gz": (
+        "kv_retrieval_data",
+        "66d54aae7e38779da482895ccd538faaf5309f144e54f30dc530a95091581fa1",
+    ),
+}
+
+
+def official_file(name: str, folder: str | Path | None = None) -> Path:
+    """A file of the authors' release: from the user's folder, or fetched once into the cache and checked.
+
+    Raises
+    ------
+    ValueError
+        A file whose hash we don't know is not fetched; it can be read from a folder.
+    OSError
+        The folder lacks the file, or the download broke or brought something else; no half file is left behind.
+    """
+    if folder is not None:
+        path = Path(folder) / name
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} has no {name}; it is in github.com/nelson-liu/lost-in-the-middle")
+        return path
+    if name not in _OFFICIAL:
+        raise ValueError(f"{name} is not fetched: its hash is not known here. Give the folder that has it")
+    place, sha256 = _OFFICIAL[name]
+    try:
+        return Path(
+            pooch.retrieve(
+                f"{_BASE}{place}/{name}",
+                f"sha256:{sha256}",
+                name,
+                cache_folder() / "lost-in-the-middle",
+                progressbar=False,
+            )
+        )
+    except Exception as error:
+        raise OSError(
+            f"{_BASE}{place}/{name} could not be fetched ({error}); fetch it yourself and give its folder"
+        ) from error
+
+
+def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of a JSON-lines file (.jsonl or .jsonl.gz), each with where it stands, for messages.
+
+    Parameters
+    ----------
+    fields : mapping of field to type
+        What every record must have; strings and lists may not be empty.
+
+    Raises
+    ------
+    ValueError
+        Names file, line and field.
+    """
+    path = Path(path)
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        lines = enumerate(file, 1)
+        number = 0
+        while True:
+            try:
+                number, line = next(lines)
+            except StopIteration:
+                return
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path} breaks off after line {number}: {error}; fetch it again") from error
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8: {error}") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is no JSON object")
+            for field, kind in fields.items():
+                if field not in record:
+                    raise ValueError(f"{where} has no field {field!r}")
+                if not isinstance(record[field], kind):
+                    raise ValueError(f"{where}: field {field!r} is {record[field]!r:.60}, not {kind.__name__}")
+                if kind in (str, list) and not record[field]:
+                    raise ValueError(f"{where}: field {field!r} is empty")
+            yield where, record
