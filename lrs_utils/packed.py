@@ -6,6 +6,7 @@ candidates, may be laid end to end in one row: they don't see each other.
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +24,10 @@ from transformers import AttentionInterface
 
 from lrs_utils.models import LM
 from lrs_utils.tasks import Probe
+
+# oneDNN, which does a CPU's bfloat16 products, compiles code for every shape and keeps 1,024 of them by default:
+# gigabytes where every context has a length of its own. A context needs a few dozen.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # Query rows (tokens x heads that share a key head) in a block of attention: on a CPU few enough that logits over some
 # thousand columns stay in the cache; anywhere no more than fit the bytes below.
