@@ -25,8 +25,8 @@ from transformers import AttentionInterface
 from lrs_utils.models import LM
 from lrs_utils.tasks import Probe
 
-# oneDNN, which does a CPU's bfloat16 products, compiles code for every shape and keeps 1,024 of them by default:
-# gigabytes where every context has a length of its own. A context needs a few dozen.
+# oneDNN, which does a CPU's bfloat16 products, compiles code for every shape, most of a MiB each, and keeps
+# 1,024 of them by default, where every context has a length of its own. A context needs a few dozen.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # Query rows (tokens x heads that share a key head) in a block of attention: on a CPU few enough that logits over some
@@ -213,7 +213,7 @@ def _attend_packed(
     layout = _layout.get()
     (_, heads, tokens, dim), kv_heads, value_dim = query.shape, key.shape[1], value.shape[3]
     group, device = heads // kv_heads, query.device.type
-    # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (data/results/benchmark.csv)
+    # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (CHOICES.md)
     fused = sliding_window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
     scale = dim**-0.5 if scaling is None else scaling
     out = query.new_empty(tokens, kv_heads, group, value_dim)
