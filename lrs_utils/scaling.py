@@ -167,6 +167,8 @@ class PositionTables:
                     f"{self._name} has rope type {kind!r}, which recomputes its frequencies in every forward pass from "
                     "whatever is read with it and would undo a layer's factor; load it with a static rope type"
                 )
+        # copied while it has no hook: with it, every copy would hold a copy of all earlier ones
+        self._unscaled = copy.deepcopy(self._rotary)
         self._scaled: dict[tuple[float, float], nn.Module] = {}
         # cos handed out by the rotary embedding -> how it was called and the tables made from that call so far. By
         # identity: several calls differ (Gemma 3 makes two kinds), and a layer receives the very cos of one of them.
@@ -197,7 +199,7 @@ class PositionTables:
     def prepare(self, pair: tuple[float, float]) -> nn.Module:
         """The rotary embedding for a (factor, temperature), or an error if the model has none."""
         if pair not in self._scaled:
-            self._scaled[pair] = _scaled_rotary(self._rotary, *pair, name=self._name)
+            self._scaled[pair] = _scaled_rotary(self._unscaled, *pair, name=self._name)
         return self._scaled[pair]
 
     def _remember(self, _: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import math
 
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
+from lrs_utils.scaling import PositionTables
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
 
@@ -106,6 +108,20 @@ def test_gradients_reach_a_scaled_model_with_checkpointing(ids):
             lm.model(ids, labels=ids).loss.backward()
         grads.append(lm.model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_factor_keeps_one_small_copy_of_the_rotary_embedding(lm):
+    kind = type(lm.model.model.rotary_emb)
+
+    def living():
+        gc.collect()
+        return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+    with PositionTables(lm.model) as tables:
+        before = living()
+        for step in range(6):
+            tables.prepare((0.9 - step / 10, 1.0))
+        assert living() == before + 6
 
 
 def test_nested_use_is_refused(tiny, ids):
