@@ -168,6 +168,17 @@ def measured(lm: LM, repetitions: Sequence[Sequence[Work]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def profile(lm: LM, work: Work) -> str:
+    """Where the time of some work goes: torch's own operations by their share, those below 2 % left out."""
+    on = "device" if lm.model.device.type == "cuda" else "cpu"
+    with torch.inference_mode(), torch.profiler.profile() as seen:
+        work.run(Progress(work.steps, f"profile of {work.line}"))
+    spent = {event.key: getattr(event, f"self_{on}_time_total") for event in seen.key_averages()}
+    total = sum(spent.values())
+    shares = sorted(((time / total, name) for name, time in spent.items() if time > 0.02 * total), reverse=True)
+    return f"profile of {work.line}, {work.pairs} pairs: " + ", ".join(f"{name} {share:.0%}" for share, name in shares)
+
+
 def summary(raw: pd.DataFrame) -> pd.DataFrame:
     """A row for each line and number of pairs: medians over repetitions, ratios taken within a repetition."""
     raw = raw.assign(each=raw["seconds"] / raw["answers"], share=raw["limit"] / raw["seconds"])
@@ -346,6 +357,7 @@ def main() -> None:
     provenance = f"make bench | {versions()} | {_machine(lm)} | {lm!r}"
     facts = [f"matrix products: {raw['rate'].median() / 1e9:.0f} GFLOP/s"]
     facts += [f"peak memory up to {n} pairs: {gib:.2f} GiB" for n, gib in peaks.items()]
+    facts += [profile(lm, work) for work in plan[0] if work.pairs == pairs and work.line in (GENERATE, ALL)]
     report = "\n".join([provenance, *facts, *map(str, recorded)])
     print(table.round(3).to_string(index=False), report, sep="\n")
     plots.use_style()

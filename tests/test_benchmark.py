@@ -17,6 +17,7 @@ from lrs_utils.benchmark import (
     generate_work,
     measured,
     operations,
+    profile,
     recorded_search,
     score_work,
     summary,
@@ -94,6 +95,17 @@ def test_every_line_is_measured_and_compared(tiny):
     assert {ALL, "of all: trie and racing"} <= {
         t.get_text() for t in benchmark(table.reset_index(), 4).axes[1].get_yticklabels()
     }
+
+
+def test_a_profile_names_the_operations_that_take_the_time(tiny):
+    work = score_work(tiny, ALL, tasks.kv_retrieval(4, 1, keys="short"), [LayerScaling.identity(2)])
+    head, parts = profile(tiny, work).split(": ")
+    shares = [int(part.split()[1].rstrip("%")) for part in parts.split(", ")]
+    assert head == f"profile of {ALL}, 4 pairs"
+    assert "aten::mm " in parts
+    assert shares == sorted(shares, reverse=True)
+    assert min(shares) >= 2
+    assert sum(shares) <= 105
 
 
 def test_a_search_is_replayed_from_its_outcomes_with_what_racing_would_spare(tiny, tmp_path):
