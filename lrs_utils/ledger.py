@@ -163,40 +163,44 @@ class Ledger:
         int : rows written
         """
         wanted = set(questions)
-        rows: list[list[Any]] = []
+        outcomes: list[list[Any]] = []
+        texts: list[list[Any]] = []
         for model, scaling in dict.fromkeys(candidates):
-            rows += (
-                [model, scaling, question, int(exact), f"{nll:.9g}", "", ""]  # 9 digits: all that float32 holds
+            outcomes += (
+                [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
                 for question, (exact, nll) in sorted(self.find(model, scaling).items())
                 if question in wanted
             )
-            rows += (
-                [model, scaling, question, "", "", most, json.dumps(text)]  # without line breaks
-                for question, most, text in self._db.execute(
+            with self._explained():
+                found = self._db.execute(
                     "SELECT question, max_new_tokens, text FROM texts JOIN candidates ON id = candidate "
                     "WHERE model = ? AND scaling = ? ORDER BY question, max_new_tokens",
                     (model, scaling),
-                )
+                ).fetchall()
+            texts += (
+                [model, scaling, question, "", "", most, json.dumps(text)]  # without line breaks
+                for question, most, text in found
                 if question in wanted
             )
         text = io.StringIO()
         text.write(f"# {about}\n")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows(rows)
+        writer.writerow(_COLUMNS if texts else _COLUMNS[:5])
+        writer.writerows(outcomes)
+        writer.writerows(texts)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = text.getvalue().encode()
         if not path.exists() or gzip.decompress(path.read_bytes()).partition(b"\n")[2] != content.partition(b"\n")[2]:
             path.write_bytes(gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
-        return len(rows)
+        return len(outcomes) + len(texts)
 
     def load(self, path: str | Path) -> int:
         """Add the outcomes of an exported file; those already known stay. Returns the number of rows read."""
         try:
             with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
                 reader = csv.reader(line for line in file if not line.startswith("#"))
-                if next(reader, None) not in (_COLUMNS, _COLUMNS[:5]):  # files of before have no texts
+                if next(reader, None) not in (_COLUMNS, _COLUMNS[:5]):  # without texts
                     raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
                 outcomes: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
                 texts: dict[tuple[str, str], list[tuple[Any, ...]]] = {}

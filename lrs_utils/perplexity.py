@@ -1,4 +1,4 @@
-"""Sliding-window perplexity of long text (Press et al. 2021; as YaRN, 2309.00071, measures it: stride 256)."""
+"""Perplexity of long text in sliding windows (Press et al. 2021; the stride of 256 is YaRN's, 2309.00071)."""
 
 from collections.abc import Sequence
 

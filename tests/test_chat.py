@@ -4,9 +4,11 @@ from lrs_utils import LayerScaling, score, tasks
 from lrs_utils.tasks import in_chat
 
 
-@pytest.mark.parametrize("suite", [tasks.kv_retrieval(4, 1), tasks.mdqa(4, 1), tasks.lines_retrieval(4, 1)])
-def test_a_question_becomes_the_user_s_message(smollm2, suite):
+@pytest.mark.parametrize("made", [tasks.kv_retrieval, tasks.mdqa, tasks.lines_retrieval])
+def test_a_question_becomes_the_user_s_message(smollm2, made):
+    suite = made(4, 1)
     chat = in_chat(suite, smollm2.tokenizer)
+    assert chat.recipe == {**suite.recipe, "prompt_style": "chat"}
     assert chat.depths.tolist() == suite.depths.tolist()
     for raw, asked in zip(suite.probes[0].questions, chat.probes[0].questions, strict=True):
         message = {"role": "user", "content": suite.probes[0].context + raw.prompt}
@@ -31,6 +33,13 @@ def test_a_begin_of_text_that_the_tokenizer_adds_comes_once(smollm2, monkeypatch
             return {"input_ids": [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]}
 
     assert in_chat(suite, Adding()).probes[0].context.startswith("U:Extract")
+
+
+def test_a_template_that_tells_the_date_makes_the_same_suite_tomorrow(smollm2, monkeypatch):
+    dated = "{{ strftime_now('%d %B %Y') }} {{ messages[0]['content'] }}"
+    monkeypatch.setattr(smollm2.tokenizer, "chat_template", dated)
+    chat = in_chat(tasks.kv_retrieval(2, 1, keys="short"), smollm2.tokenizer)
+    assert chat.probes[0].context.startswith("01 Jan 2025 Extract")
 
 
 def test_a_model_without_a_template_is_refused(tiny):

@@ -49,8 +49,9 @@ class Index:
     def __exit__(self, *_):
         pass
 
-    def get_project_page(self, project):
+    def get_project_page(self, project, timeout):
         assert project == "book"
+        assert timeout > 0
         return self
 
     def download_package(self, package, path, timeout):
@@ -64,18 +65,26 @@ def test_a_package_is_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("LRS_CACHE", str(tmp_path))
     sha256 = hashlib.sha256(b"good").hexdigest()
     for content, error in ((b"it breaks off", "ConnectionError: connection lost"), (b"bad", "expected")):
-        monkeypatch.setattr(files, "PyPISimple", lambda content=content: Index(content))
+        monkeypatch.setattr(files, "PyPISimple", lambda _, content=content: Index(content))
         with pytest.raises(OSError, match=rf"book-1\.0\.tar\.gz could not be fetched .*{error}.*; where there is"):
             files.package_file("book-1.0.tar.gz", sha256)
         assert list((tmp_path / "packages").iterdir()) == []
-    monkeypatch.setattr(files, "PyPISimple", lambda: Index(b"good"))
+    monkeypatch.setattr(files, "PyPISimple", lambda _: Index(b"good"))
     path = files.package_file("book-1.0.tar.gz", sha256)
     assert path.read_bytes() == b"good"
-    monkeypatch.setattr(files, "PyPISimple", lambda: Index(b"breaks"))
+    monkeypatch.setattr(files, "PyPISimple", lambda _: Index(b"breaks"))
     assert files.package_file("book-1.0.tar.gz", sha256) == path
     path.write_bytes(b"changed")
     with pytest.raises(ValueError, match=r"book-1\.0\.tar\.gz has SHA-256 .*; delete it to fetch it again"):
         files.package_file("book-1.0.tar.gz", sha256)
+
+
+def test_the_index_is_the_one_that_pip_is_set_to(monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
+    assert files._index() == "https://mirror.example/simple"
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    assert files._index().startswith("https://")
 
 
 def test_a_package_put_into_the_cache_by_hand_needs_no_network(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from lrs_utils.tasks.judging import best_subspan_em
 from lrs_utils.tasks.mdqa import Document, Item, mdqa_probe
 
 OFFICIAL = Path(__file__).parent.parent.parent / "shared" / "data" / "lost-in-the-middle"
+ITEMS = {"factbook": 900, "oracle": 2600}
 PROMPT = """Write a high-quality answer for the given question using only the provided search results \
 (some of which might be irrelevant).
 
@@ -74,8 +76,14 @@ def test_five_hundred_contexts_do_not_repeat(source):
     suite = mdqa(10, 500, **source)
     assert len({probe.context for probe in suite.probes}) == 500
     assert len({key for probe in suite.probes for key in probe.keys}) == 5000
+    # nor do their documents: a context has few in common with another
+    titles = Counter(title for probe in suite.probes for title, _, _ in documents_of(probe))
+    assert max(titles.values()) < 0.25 * 500
+    questions = {question.prompt for probe in suite.probes for question in probe.questions}
+    assert len(questions) > 0.75 * ITEMS[source["source"]]
     moved = mdqa_gold_moved(10, 500, positions=[3], **source)[0]
     assert len({probe.questions[0].prompt for probe in moved.probes}) == 500
+    assert len({frozenset(documents_of(probe)) for probe in moved.probes}) > 200  # a country's questions share theirs
 
 
 def test_suites_are_deterministic_and_longer_ones_extend_them(source):
@@ -93,14 +101,19 @@ def test_distractors_are_those_most_alike_to_the_question_in_decreasing_order(so
     for row, (probe, short) in enumerate(zip(suite.probes, fewer.probes, strict=True)):
         documents = documents_of(probe)
         assert documents_of(short) == documents[:10]
-        words = set(probe.questions[0].prompt.partition("\n")[0].lower().split()) - {"the", "of", "is", "what", "in"}
+        own, _, text = documents[0]
+        words = {word for word in f"{own} {text}".lower().split() if len(word) > 4}
         shared[row] = [len(words & set(f"{title} {text}".lower().split())) for title, _, text in documents[1:]]
     assert shared[:, :3].mean() > shared[:, -3:].mean()
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="source is 'wikipedia'; choose one of factbook, oracle"):
+    with pytest.raises(ValueError, match=r"source is 'wikipedia'; choose one of factbook, oracle$"):
         mdqa(source="wikipedia")
+    with pytest.raises(ValueError, match="source is 'offical'; choose one of factbook, oracle, official"):
+        mdqa_gold_moved(source="offical")
+    with pytest.raises(ValueError, match="has no contexts or no questions"):
+        mdqa(positions=[])
     with pytest.raises(ValueError, match=r"position 10 is outside the 10 documents \(0 to 9\)"):
         mdqa(positions=[10])
     with pytest.raises(ValueError, match="n_contexts is 5000; there are questions for 1 to"):
@@ -147,9 +160,42 @@ def test_official_files_are_read_as_they_are(tmp_path):
         ({"ctxs": good()["ctxs"][::-1]}, r"field 'isgold' marks \[0\], not \[1\]"),
         ({"ctxs": [{"title": "A", "text": "t"}] * 2}, "field 'isgold' marks no document, not"),
         ({"question": ""}, "field 'question' is empty"),
+        ({"answers": ["The", "*"]}, "field 'answers' holds only punctuation and articles"),
     ],
 )
 def test_a_bad_record_is_named_with_file_line_and_field(tmp_path, changes, message):
     folder = official_folder(tmp_path, good(), good(**changes))
     with pytest.raises(ValueError, match=rf"gold_at_1\.jsonl\.gz, line 2.*{message}"):
         mdqa_gold_moved(2, 2, source="official", positions=[1], folder=folder)
+
+
+def oracle_folder(tmp_path, *records):
+    with gzip.open(tmp_path / "nq-open-oracle.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def asked(number, *answers, text="it is blue or red", gold=True):
+    document = {"title": f"T{number}", "text": f"{text} {number}", "isgold": gold}
+    return {"question": f"question {number}", "answers": list(answers), "ctxs": [document]}
+
+
+def test_nll_is_of_an_answer_that_stands_in_the_passage_and_nothing_empty_is_looked_for(tmp_path):
+    folder = oracle_folder(tmp_path, asked(1, "green", "*", "red"), asked(2, "2 2", text="2"))
+    [suite] = mdqa_gold_moved(1, 2, source="oracle", positions=[0], folder=folder)
+    questions = {probe.questions[0].prompt[:20]: probe.questions[0].accepted for probe in suite.probes}
+    assert questions == {"Question: question 1": ("red", "green"), "Question: question 2": ("2 2",)}
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "has no records"),
+        ([asked(1, "red"), asked(2, "green")], "line 2: none of the field 'answers' stands in the gold document"),
+        ([asked(1, "red"), asked(1, "blue")], "line 2: field 'question' has 'question 1' a second time"),
+        ([asked(1, "red", gold=False)], "line 1: field 'isgold' marks 0 documents, not one"),
+    ],
+)
+def test_a_bad_oracle_file_is_named(tmp_path, records, message):
+    with pytest.raises(ValueError, match=rf"nq-open-oracle\.jsonl\.gz.*{message}"):
+        mdqa(1, 1, source="oracle", folder=oracle_folder(tmp_path, *records))

