@@ -98,7 +98,7 @@ def mdqa(
         That holds `nq-open-oracle.jsonl.gz`.
     """
     positions = checked_positions(positions, n_documents, "documents")
-    pool = _Pool.of(source, folder)
+    pool = _pool(source, folder)
     probes = []
     for item, rng in pool.drawn(n_contexts, seed):
         chosen = [item]
@@ -152,7 +152,7 @@ def mdqa_gold_moved(
     positions = checked_positions(positions, n_documents, "documents")
     built = []
     if source != "official":
-        pool = _Pool.of(source, folder)
+        pool = _pool(source, folder)
         for item, _ in pool.drawn(n_contexts, seed):
             distractors = (document for document in pool.ranked(item) if not item.answered_by(document))
             hard = list(islice(distractors, n_documents - 1))
@@ -197,12 +197,6 @@ class _Pool:
         texts = [f"{document.title} {document.text}" for document in self._documents]
         self._index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
 
-    @staticmethod
-    def of(source: str, folder: str | Path | None) -> "_Pool":
-        if source not in _SOURCES:
-            raise ValueError(f"source is {source!r}; choose one of {', '.join(_SOURCES)}")
-        return _Pool(_SOURCES[source](folder))
-
     def drawn(self, n_contexts: int, seed: int) -> Iterator[tuple[Item, np.random.Generator]]:
         """The first items of a random order of all, each with its own source of randomness."""
         if not 1 <= n_contexts <= len(self.items):
@@ -227,6 +221,12 @@ class _Pool:
     def asking(self, document: Document) -> list[Item]:
         """The items that a document answers."""
         return self._by_document[document]
+
+
+def _pool(source: str, folder: str | Path | None) -> _Pool:
+    if source not in _SOURCES:
+        raise ValueError(f"source is {source!r}; choose one of {', '.join(_SOURCES)}")
+    return _Pool(_SOURCES[source](folder))
 
 
 def _refuse_too_few(found: int, n_documents: int, item: Item) -> None:
