@@ -1,12 +1,14 @@
 """Every outcome ever measured, on disk: what makes a crash boring.
 
-An outcome is filed under its content (model fingerprint, scaling, question with its context), so whoever needs it finds
-it: the same run after `kill -9`, another search, another notebook. One SQLite file, written by any number of processes.
+An outcome, or a free answer's text, is filed under its content (model fingerprint, scaling, question with its context),
+so whoever needs it finds it: the same run after `kill -9`, another search, another notebook. One SQLite file, written
+by any number of processes.
 """
 
 import csv
 import gzip
 import io
+import json
 import shutil
 import sqlite3
 import time
@@ -27,7 +29,13 @@ CREATE TABLE outcomes (
     PRIMARY KEY (candidate, question)
 ) WITHOUT ROWID;
 """
-_COLUMNS = ["model", "scaling", "question", "exact", "nll"]
+_TEXTS = """
+CREATE TABLE IF NOT EXISTS texts (
+    candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, max_new_tokens INTEGER NOT NULL,
+    text TEXT NOT NULL, PRIMARY KEY (candidate, question, max_new_tokens)
+) WITHOUT ROWID
+"""
+_COLUMNS = ["model", "scaling", "question", "exact", "nll", "max_new_tokens", "text"]
 
 
 class LedgerError(OSError):
@@ -75,6 +83,9 @@ class Ledger:
                     self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     for statement in _SCHEMA.strip().split(";\n"):
                         self._db.execute(statement)
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'texts'").fetchone():
+            with self._transaction():  # ledgers of before have none
+                self._db.execute(_TEXTS)
 
     def _use_write_ahead_log(self) -> None:
         patience = time.monotonic() + 60
@@ -109,6 +120,27 @@ class Ledger:
             standing = self.find(model, scaling)
         return [standing[question] for question in questions]
 
+    def find_texts(self, model: str, scaling: str, max_new_tokens: int) -> dict[str, str]:
+        """All free answers of one candidate that were cut at `max_new_tokens`: question key -> text."""
+        with self._explained():
+            return dict(
+                self._db.execute(
+                    "SELECT question, text FROM texts JOIN candidates ON id = candidate "
+                    "WHERE model = ? AND scaling = ? AND max_new_tokens = ?",
+                    (model, scaling, max_new_tokens),
+                )
+            )
+
+    def record_texts(
+        self, model: str, scaling: str, max_new_tokens: int, questions: Sequence[str], texts: Sequence[str]
+    ) -> list[str]:
+        """`record` for free answers."""
+        rows = [(question, max_new_tokens, text) for question, text in zip(questions, texts, strict=True)]
+        with self._explained(), self._transaction():
+            self._insert(model, scaling, rows, "texts")
+            standing = self.find_texts(model, scaling, max_new_tokens)
+        return [standing[question] for question in questions]
+
     def __len__(self) -> int:
         with self._explained():
             return int(self._db.execute("SELECT count(*) FROM outcomes").fetchone()[0])
@@ -131,40 +163,61 @@ class Ledger:
         int : rows written
         """
         wanted = set(questions)
-        rows = [
-            [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
-            for model, scaling in dict.fromkeys(candidates)
-            for question, (exact, nll) in sorted(self.find(model, scaling).items())
-            if question in wanted
-        ]
+        outcomes: list[list[Any]] = []
+        texts: list[list[Any]] = []
+        for model, scaling in dict.fromkeys(candidates):
+            outcomes += (
+                [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
+                for question, (exact, nll) in sorted(self.find(model, scaling).items())
+                if question in wanted
+            )
+            with self._explained():
+                found = self._db.execute(
+                    "SELECT question, max_new_tokens, text FROM texts JOIN candidates ON id = candidate "
+                    "WHERE model = ? AND scaling = ? ORDER BY question, max_new_tokens",
+                    (model, scaling),
+                ).fetchall()
+            texts += (
+                [model, scaling, question, "", "", most, json.dumps(text)]  # without line breaks
+                for question, most, text in found
+                if question in wanted
+            )
         text = io.StringIO()
         text.write(f"# {about}\n")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows(rows)
+        writer.writerow(_COLUMNS if texts else _COLUMNS[:5])
+        writer.writerows(outcomes)
+        writer.writerows(texts)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = text.getvalue().encode()
         if not path.exists() or gzip.decompress(path.read_bytes()).partition(b"\n")[2] != content.partition(b"\n")[2]:
             path.write_bytes(gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
-        return len(rows)
+        return len(outcomes) + len(texts)
 
     def load(self, path: str | Path) -> int:
         """Add the outcomes of an exported file; those already known stay. Returns the number of rows read."""
         try:
             with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
                 reader = csv.reader(line for line in file if not line.startswith("#"))
-                if next(reader, None) != _COLUMNS:
+                if next(reader, None) not in (_COLUMNS, _COLUMNS[:5]):  # without texts
                     raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
-                by_candidate: dict[tuple[str, str], list[tuple[str, int, float]]] = {}
-                for model, scaling, question, exact, nll in reader:
-                    by_candidate.setdefault((model, scaling), []).append((question, int(exact), float(np.float32(nll))))
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+                outcomes: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+                texts: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+                for model, scaling, question, exact, nll, *text in reader:
+                    if exact:
+                        row: tuple[Any, ...] = (question, int(exact), float(np.float32(nll)))
+                        outcomes.setdefault((model, scaling), []).append(row)
+                    else:
+                        row = (question, int(text[0]), json.loads(text[1]))
+                        texts.setdefault((model, scaling), []).append(row)
+        except (ValueError, IndexError, EOFError, gzip.BadGzipFile) as error:
             raise LedgerError(f"{path} is no exported ledger, or damaged: {error}") from error
         with self._explained(), self._transaction():
-            for (model, scaling), rows in by_candidate.items():
-                self._insert(model, scaling, rows)
-        return sum(map(len, by_candidate.values()))
+            for table, by_candidate in (("outcomes", outcomes), ("texts", texts)):
+                for (model, scaling), rows in by_candidate.items():
+                    self._insert(model, scaling, rows, table)
+        return sum(len(rows) for by_candidate in (outcomes, texts) for rows in by_candidate.values())
 
     def close(self) -> None:
         """Close the file; the ledger can't be used afterwards."""
@@ -176,12 +229,12 @@ class Ledger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _insert(self, model: str, scaling: str, rows: Any) -> None:
+    def _insert(self, model: str, scaling: str, rows: Any, table: str = "outcomes") -> None:
         self._db.execute("INSERT OR IGNORE INTO candidates (model, scaling) VALUES (?, ?)", (model, scaling))
         (candidate,) = self._db.execute(
             "SELECT id FROM candidates WHERE model = ? AND scaling = ?", (model, scaling)
         ).fetchone()
-        self._db.executemany("INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?)", ((candidate, *row) for row in rows))
+        self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", ((candidate, *row) for row in rows))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -29,21 +29,36 @@ def use_style() -> None:
     }
 
 
-def by_depth(curves: Mapping[str, Interval], depths: ArrayLike, *, ylabel: str, ax: Axes | None = None) -> Figure:
+def by_depth(
+    curves: Mapping[str, Interval],
+    depths: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+    ax: Axes | None = None,
+) -> Figure:
     """Curves over the depth of the answer, each with its interval as a band and its name at the curve's end.
 
     Parameters
     ----------
     curves : mapping of name to Interval, arrays of shape (questions,)
-    depths : array, shape (questions,)
+    depths : array, shape (questions,), or a mapping of name to such
     """
     ax = ax or plt.subplots()[1]
     for (name, curve), colour, marker in zip(curves.items(), _COLOURS, "osD^v", strict=False):
-        ax.plot(depths, curve.mean, color=colour, marker=marker, markersize=3.5, label=name)
-        ax.fill_between(depths, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        x = np.asarray(depths[name] if isinstance(depths, Mapping) else depths, float)
+        ax.plot(x, curve.mean, color=colour, marker=marker, markersize=3.5, label=name)
+        ax.fill_between(x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
     ax.set(xlabel="depth of the answer (0 begin, 1 end)", ylabel=ylabel, xlim=(-0.02, 1.02))
     if len(curves) > 1:
         ax.legend(frameon=False)
+    return _figure(ax)
+
+
+def heat_map(values: pd.DataFrame, *, xlabel: str, label: str, ax: Axes | None = None) -> Figure:
+    """Shares between 0 and 1 over depth (index) and something else (columns), written into their cells."""
+    ax = ax or plt.subplots()[1]
+    sns.heatmap(values, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis", cbar_kws={"label": label}, ax=ax)
+    ax.set(xlabel=xlabel, ylabel="depth of the answer (0 begin, 1 end)")
     return _figure(ax)
 
 

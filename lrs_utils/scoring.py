@@ -5,6 +5,7 @@ all of them. Greedy exactness needs no decoding: the answer is fed to the model 
 which by induction is the verdict of greedy decoding.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
 _CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
+_CACHED_TOKENS = 2**16  # of all answers decoded together, context included: 1.5 GiB of SmolLM2's keys and values
 _LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: what stays in a cache
 
 
@@ -172,55 +174,73 @@ def score(
 
 @torch.inference_mode()
 def generate_answers(
-    lm: LM, suite: Suite, scaling: LayerScaling, *, max_new_tokens: int = 100, extrapolate: bool = False
+    lm: LM,
+    suite: Suite,
+    scaling: LayerScaling,
+    *,
+    max_new_tokens: int = 100,
+    ledger: Ledger | None = None,
+    extrapolate: bool = False,
 ) -> list[list[str]]:
     """Let the model answer freely: greedy text for each question, without answer prefix (the authors' protocol).
 
     The context is read once; its questions are decoded together from copies of its cache.
+
+    Parameters
+    ----------
+    ledger : Ledger, optional
+        Texts found there are not generated again; those generated are written as soon as they are known.
 
     Returns
     -------
     list of list of str, shape (contexts, questions)
     """
     answers = []
-    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     with scaling.applied_to(lm.model), Progress(len(suite.probes), "answering").entered() as bar:
+        found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, max_new_tokens)
         for p, probe in enumerate(suite.probes):
-            prompts = [lm.tokenizer(probe.context + q.prompt)["input_ids"] for q in probe.questions]
-            n_context = shared_prefix(prompts)
-            longest = max(map(len, prompts))
-            if not extrapolate:
-                _refuse_beyond_window(lm, longest + max_new_tokens, scaling, f"context {p} of {suite.name}")
-            # questions of different lengths are padded between context and question, where a mask hides it
-            rows = [ids[:n_context] + [pad] * (longest - len(ids)) + ids[n_context:] for ids in prompts]
-            masks = [[1] * n_context + [0] * (longest - len(ids)) + [1] * (len(ids) - n_context) for ids in prompts]
-            cache = DynamicCache(config=lm.model.config)
-            lm.model(
-                torch.tensor([rows[0][:n_context]], device=lm.model.device), past_key_values=cache, logits_to_keep=1
-            )
-            cache.batch_repeat_interleave(len(rows))
-            texts = lm.model.generate(  # type: ignore[operator]
-                torch.tensor(rows, device=lm.model.device),
-                attention_mask=torch.tensor(masks, device=lm.model.device),
-                past_key_values=cache,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,  # some models ship one, and it would forbid copying
-                pad_token_id=pad,
-            )
-            answers.append(lm.tokenizer.batch_decode(texts[:, longest:], skip_special_tokens=True))
+            missing = [q for q, key in enumerate(probe.keys) if key not in found]
+            if missing:
+                prompts = [lm.tokenizer(probe.context + probe.questions[q].prompt)["input_ids"] for q in missing]
+                if not extrapolate:
+                    longest = max(map(len, prompts)) + max_new_tokens
+                    _refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
+                texts, keys = _decoded_together(lm, prompts, max_new_tokens), [probe.keys[q] for q in missing]
+                if ledger is not None:
+                    texts = ledger.record_texts(lm.fingerprint, scaling.key, max_new_tokens, keys, texts)
+                found |= zip(keys, texts, strict=True)
+            answers.append([found[key] for key in probe.keys])
             bar.advance(1)
     return answers
 
 
-def contains_answer(suite: Suite, answers: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
-    """The authors' key-value metric: the value stands somewhere in the text, in any case; (contexts, questions)."""
-    return np.array(
-        [
-            [question.answer.lower() in text.lower() for question, text in zip(probe.questions, texts, strict=True)]
-            for probe, texts in zip(suite.probes, answers, strict=True)
-        ]
-    )
+def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy text after each of some prompts that share their begin, which is read once."""
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
+    n_context, longest = shared_prefix(prompts), max(map(len, prompts))
+    at_once = max(1, _CACHED_TOKENS // (longest + max_new_tokens))
+    read = DynamicCache(config=lm.model.config)
+    shared = torch.tensor([prompts[0][:n_context]], device=lm.model.device)
+    lm.model(shared, past_key_values=read, logits_to_keep=1)
+    texts: list[str] = []
+    for first in range(0, len(prompts), at_once):
+        some = prompts[first : first + at_once]
+        # questions of different lengths are padded between context and question, where a mask hides it
+        rows = [ids[:n_context] + [pad] * (longest - len(ids)) + ids[n_context:] for ids in some]
+        masks = [[1] * n_context + [0] * (longest - len(ids)) + [1] * (len(ids) - n_context) for ids in some]
+        cache = copy.deepcopy(read) if first + at_once < len(prompts) else read
+        cache.batch_repeat_interleave(len(rows))
+        tokens = lm.model.generate(  # type: ignore[operator]
+            torch.tensor(rows, device=lm.model.device),
+            attention_mask=torch.tensor(masks, device=lm.model.device),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # some models ship one, and it would forbid copying
+            pad_token_id=pad,
+        )
+        texts += lm.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+    return texts
 
 
 @dataclass(frozen=True)

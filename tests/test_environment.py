@@ -8,18 +8,20 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = [Requirement(r) for r in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(r) for r in PROJECT["dependencies"] + EXTRAS["hub"] + EXTRAS["test"]]
+BROUGHT_BY_PIP = {"bm25s", "datasets", "pypi-simple"}  # by the last line of environment.yml
 CONDA_NAMES = {"torch": "pytorch"}
 
 
 def test_environment_yml_asks_for_what_pyproject_asks_for():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     conda = {Requirement(entry).name: Requirement(entry).specifier for entry in listed if isinstance(entry, str)}
-    wanted = {CONDA_NAMES.get(r.name, r.name): r.specifier for r in REQUIREMENTS}
+    wanted = {CONDA_NAMES.get(r.name, r.name): r.specifier for r in REQUIREMENTS if r.name not in BROUGHT_BY_PIP}
     assert conda.pop("python") == PROJECT["requires-python"]
     assert conda.pop("pip") is not None
     assert conda == wanted
-    assert [entry["pip"] for entry in listed if not isinstance(entry, str)] == [["--editable ."]]
+    assert [entry["pip"] for entry in listed if not isinstance(entry, str)] == [["--editable .[hub]"]]
 
 
 def test_constraints_pin_every_requirement_within_its_bounds():

@@ -143,3 +143,30 @@ def test_a_damaged_export_is_refused_by_name(ledger, tmp_path, content):
     with pytest.raises(LedgerError, match=r"shipped\.csv\.gz is no exported ledger, or damaged"):
         ledger.load(path)
     assert len(ledger) == 0
+
+
+def test_texts_are_kept_exported_and_come_back(ledger, tmp_path):
+    texts = ['one, "two"\n# three', ""]
+    assert ledger.find_texts("m", "s", 8) == {}
+    assert ledger.record_texts("m", "s", 8, KEYS[:2], texts) == texts
+    assert ledger.record_texts("m", "s", 8, KEYS[:2], ["other", "other"]) == texts  # the first stays
+    assert ledger.record_texts("m", "s", 9, KEYS[:1], ["longer"]) == ["longer"]
+    path = tmp_path / "shipped.csv.gz"
+    assert ledger.export(path, [("m", "s")], KEYS[:2], "made by a test") == 3
+    other = Ledger(tmp_path / "other.sqlite")
+    assert other.load(path) == 3
+    assert other.find_texts("m", "s", 8) == dict(zip(KEYS[:2], texts, strict=True))
+    assert other.find_texts("m", "s", 9) == {KEYS[0]: "longer"}
+
+
+def test_a_ledger_and_an_export_of_before_texts_are_read(ledger, tmp_path):
+    ledger.record("m", "s", KEYS[:1], [True], [0.5])
+    ledger._db.execute("DROP TABLE texts")
+    ledger.close()
+    again = Ledger(ledger.path)
+    assert again.find("m", "s") == {KEYS[0]: (True, 0.5)}
+    assert again.record_texts("m", "s", 8, KEYS[:1], ["text"]) == ["text"]
+    old = tmp_path / "old.csv.gz"
+    old.write_bytes(gzip.compress(f"# old\nmodel,scaling,question,exact,nll\nm,t,{KEYS[0]},1,0.25\n".encode()))
+    assert again.load(old) == 1
+    assert again.find("m", "t") == {KEYS[0]: (True, 0.25)}

@@ -22,7 +22,6 @@ from lrs_utils.tasks import (
     passkey,
 )
 from lrs_utils.tasks.kv import kv_probe
-from lrs_utils.tasks.lines import first_integer
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "lost-in-the-middle"
 
@@ -193,6 +192,9 @@ def test_damaged_files_say_where_they_break(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"kv-retrieval-3_keys\.jsonl\.gz breaks off after line \d+"):
         kv_official(3, 1, folder=tmp_path)
+    path.write_bytes(whole[:40] + b"\xff" * 8 + whole[48:])
+    with pytest.raises(ValueError, match=r"kv-retrieval-3_keys\.jsonl\.gz breaks off after line \d+"):
+        kv_official(3, 1, folder=tmp_path)
     path.write_bytes(gzip.compress(json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n"))
     with pytest.raises(ValueError, match="line 2 is not UTF-8"):
         kv_official(3, 1, folder=tmp_path)
@@ -274,11 +276,6 @@ def test_lines_are_the_release_s_prompt_and_every_line_can_be_asked():
     assert lines_retrieval(**suite.recipe) == suite
     with pytest.raises(ValueError, match=r"position 12 is outside the 12 lines \(0 to 11\)"):
         lines_retrieval(12, 1, positions=[12])
-
-
-def test_the_first_integer_of_a_text():
-    assert first_integer("The <REGISTER_CONTENT> in line a-b is <24169>, not 3") == "24169"
-    assert first_integer("none") is None
 
 
 def test_a_passkey_stands_at_its_depth():

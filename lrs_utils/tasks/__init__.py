@@ -1,11 +1,28 @@
 """Suites: long contexts with questions of known depth.
 
-A suite is data and nothing else: deterministic from its seed, no network, no model. `scoring` asks it.
+A suite is data and nothing else: deterministic from its seed, and no model. What isn't generated is fetched once into
+the cache, or read from your files. `scoring` asks it.
 """
 
+from lrs_utils.tasks.chat import in_chat
 from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
+from lrs_utils.tasks.long_text import long_texts
+from lrs_utils.tasks.mdqa import mdqa, mdqa_gold_moved
 from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
-__all__ = ["Probe", "Question", "Suite", "kv_gold_moved", "kv_official", "kv_retrieval", "lines_retrieval", "passkey"]
+__all__ = [
+    "Probe",
+    "Question",
+    "Suite",
+    "in_chat",
+    "kv_gold_moved",
+    "kv_official",
+    "kv_retrieval",
+    "lines_retrieval",
+    "long_texts",
+    "mdqa",
+    "mdqa_gold_moved",
+    "passkey",
+]

@@ -4,7 +4,6 @@ Every line of a record can be asked for, so one context gives the whole curve. T
 noun; ours are pronounceable syllables from the seed, which need no word list (CHOICES.md).
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,9 +55,3 @@ def lines_retrieval(
         probes.append(Probe(f"{_HEAD}{record}\n", tuple(by_position[p] for p in positions), n_lines))
     recipe = {"n_lines": n_lines, "n_contexts": n_contexts, "seed": seed, "positions": positions}
     return Suite(f"lines-{n_lines}", tuple(probes), recipe)
-
-
-def first_integer(text: str) -> str | None:
-    """The first integer in a text: what the release takes as the answer; None where there is none."""
-    found = re.search(r"\d+", text)
-    return found[0] if found else None

@@ -19,14 +19,24 @@ class Question:
     answer_prefix : str
         What the answer opens with, given to the model (the opening quote of a value, say), so that a verdict
         doesn't hang on how a model chooses to begin. Left out by the free protocol.
+    answer : str
+        What greedy decoding should emit and nll is taken of, a leading space included where there is one.
     position : int
         Index of the gold item among the context's items, 0-based.
+    also : tuple of str
+        Other answers that a text may hold to be right.
     """
 
     prompt: str
     answer_prefix: str
     answer: str
     position: int
+    also: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that a text may hold to be right."""
+        return (self.answer.strip(), *self.also)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Suite:
     Attributes
     ----------
     recipe : mapping
-        The call that makes this suite again: `kv_retrieval(**recipe)`, say.
+        The call that makes this suite again: `kv_retrieval(**recipe)`, say. `in_chat` adds "prompt_style".
     """
 
     name: str

@@ -1,0 +1,74 @@
+"""Perplexity of long text in sliding windows (Press et al. 2021; the stride of 256 is YaRN's, 2309.00071)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from lrs_utils.models import LM
+from lrs_utils.progress import Progress
+from lrs_utils.scaling import LayerScaling
+
+
+@torch.inference_mode()
+def window_nll(
+    lm: LM,
+    text: str,
+    lengths: Sequence[int],
+    *,
+    stride: int = 256,
+    n_windows: int | None = None,
+    scaling: LayerScaling | None = None,
+    extrapolate: bool = False,
+) -> NDArray[np.float64]:
+    """How well a model predicts stretches of a text from so many tokens before them.
+
+    Every length is measured on the same stretches of `stride` tokens, each at the end of a window of that length, so
+    that lengths and scalings can be compared stretch by stretch. Perplexity is `np.exp(nll.mean(axis=1))`.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens in a window, the stretch included.
+    n_windows : int, optional
+        Stretches, spread evenly over the text; by default all, one after the other.
+    extrapolate : bool
+        Allow windows longer than the model's. Otherwise they are refused.
+
+    Returns
+    -------
+    float array, shape (lengths, windows)
+        Mean negative log-likelihood of a stretch, in nats a token.
+
+    Raises
+    ------
+    ValueError
+        A window beyond the model's, shorter than the stride, or longer than the text.
+    """
+    scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
+    ids = torch.tensor(lm.tokenizer(text)["input_ids"])
+    limit = int(lm.window * min(scaling.factors))
+    for length in lengths:
+        if not stride < length <= len(ids):
+            raise ValueError(f"length {length:,} is not between stride + 1 ({stride + 1}) and the text's {len(ids):,}")
+        if length > limit and not extrapolate:
+            raise ValueError(
+                f"length {length:,} is beyond what {lm.name} reads, {limit:,} (window {lm.window:,} x smallest factor "
+                f"{min(scaling.factors):g}); use extrapolate=True to go beyond the window"
+            )
+    ends = np.arange(max(lengths), len(ids) + 1, stride)
+    if n_windows is not None:
+        if not 1 <= n_windows <= len(ends):
+            raise ValueError(f"n_windows is {n_windows}; the text has 1 to {len(ends)}")
+        ends = ends[np.linspace(0, len(ends) - 1, n_windows).round().astype(int)]
+    nll = np.zeros((len(lengths), len(ends)))
+    with scaling.applied_to(lm.model), Progress(nll.size, "perplexity").entered() as bar:
+        for row, length in enumerate(lengths):
+            for column, end in enumerate(ends):
+                window = ids[end - length : end].to(lm.model.device)
+                logits = lm.model(window[None, :-1], use_cache=False, logits_to_keep=stride).logits[0].float()
+                nll[row, column] = F.cross_entropy(logits, window[-stride:]).item()
+                bar.advance(1)
+    return nll

