@@ -80,8 +80,8 @@ def test_a_package_is_fetched_once_and_checked(tmp_path, monkeypatch):
 
 
 def test_the_index_is_the_one_that_pip_is_set_to(monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
-    assert files._index() == "https://mirror.example/simple"
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/packages")
+    assert files._index() == "https://mirror.example/packages"
     monkeypatch.delenv("PIP_INDEX_URL")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     assert files._index().startswith("https://")
