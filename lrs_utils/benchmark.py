@@ -29,7 +29,7 @@ from lrs_utils.models import LM, load_lm
 from lrs_utils.packed import pack
 from lrs_utils.progress import Progress
 from lrs_utils.reproduce import versions
-from lrs_utils.scaling import LayerScaling, reachable_decoder
+from lrs_utils.scaling import LayerScaling, Setting, reachable_decoder
 from lrs_utils.scoring import Outcomes, score
 from lrs_utils.search import (
     GeneticSearch,
@@ -118,7 +118,7 @@ def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling]
     return Work(line, suite.probes[0].n_items, answers, work, run, len(scalings) * len(suite.probes), 1 - share)
 
 
-def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[tuple[float, float], ...]]:
+def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...]]:
     """Branches of the trie of candidates: what must be computed, a layer each."""
     return {s.layers[: layer + 1] for s in scalings for layer in range(len(s.factors))}
 

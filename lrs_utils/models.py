@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -185,6 +186,38 @@ _CONFIG_THAT_COUNTS = {
     "query_pre_attn_scalar",
     "final_logit_softcapping",
 }
+
+
+@contextmanager
+def attending_by(lm: LM, name: str) -> Iterator[None]:
+    """Let the model's layers attend by a function registered with transformers' `AttentionInterface`."""
+    before = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation(name)
+    if lm.model.config._attn_implementation != name:
+        raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
+    try:
+        yield
+    finally:
+        lm.model.set_attn_implementation(before)
+
+
+def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: Mapping[str, Any]) -> int | None:
+    """The sliding window of an attention layer as a registered function is called, or None for none.
+
+    Raises
+    ------
+    ValueError
+        The layer does something else with its logits that causal attention wouldn't.
+    """
+    family = type(module).__name__
+    for unknown in ("softcap", "s_aux"):
+        if kwargs.get(unknown) is not None:
+            raise ValueError(f"{family} uses {unknown}, which lrs_utils' attention does not know")
+    if not isinstance(handed, EllipsisType):
+        return handed
+    if getattr(getattr(module, "config", None), "sliding_window", None) is not None:  # in its mask
+        raise ValueError(f"{family} hides its sliding window from lrs_utils' attention")
+    return None
 
 
 def _tiny(name: str, dtype: torch.dtype) -> PreTrainedModel:

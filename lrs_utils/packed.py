@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lrs_utils.models import LM
+from lrs_utils.models import LM, known_window
 from lrs_utils.tasks import Probe
 
 # oneDNN, which does a CPU's bfloat16 products, compiles code for every shape, most of a MiB each, and keeps
@@ -170,19 +170,6 @@ _layout: ContextVar[Layout] = ContextVar("layout")
 
 
 @contextmanager
-def packed_attention(lm: LM) -> Iterator[None]:
-    """Let the model's layers attend by the layout given with `laid_out`."""
-    before = lm.model.config._attn_implementation
-    lm.model.set_attn_implementation("lrs_packed")
-    if lm.model.config._attn_implementation != "lrs_packed":
-        raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
-    try:
-        yield
-    finally:
-        lm.model.set_attn_implementation(before)
-
-
-@contextmanager
 def laid_out(layout: Layout) -> Iterator[None]:
     """Rows of tokens are copies of `layout` while this is entered."""
     token = _layout.set(layout)
@@ -203,18 +190,12 @@ def _attend_packed(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
-    for unsupported in ("softcap", "s_aux"):
-        if kwargs.get(unsupported) is not None:
-            raise ValueError(f"{type(module).__name__} uses {unsupported}, which packed scoring does not know")
-    if isinstance(sliding_window, EllipsisType):  # not handed over: the family has it in its mask, or has none
-        if getattr(getattr(module, "config", None), "sliding_window", None) is not None:
-            raise ValueError(f"{type(module).__name__} hides its sliding window from packed scoring")
-        sliding_window = None
+    window = known_window(module, sliding_window, kwargs)
     layout = _layout.get()
     (_, heads, tokens, dim), kv_heads, value_dim = query.shape, key.shape[1], value.shape[3]
     group, device = heads // kv_heads, query.device.type
     # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (CHOICES.md)
-    fused = sliding_window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
+    fused = window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
     scale = dim**-0.5 if scaling is None else scaling
     out = query.new_empty(tokens, kv_heads, group, value_dim)
     q = query.view(kv_heads, group, tokens, dim)
@@ -230,7 +211,7 @@ def _attend_packed(
             k_seen, v_seen = (x[:, at].repeat_interleave(group, 0)[None] for x in (k, v))
             whole = F.scaled_dot_product_attention(query[:, :, at], k_seen, v_seen, is_causal=True, scale=scale)
             out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
-        for block in layout.blocks(most_rows, not fused, sliding_window, query):
+        for block in layout.blocks(most_rows, not fused, window, query):
             rows = slice(start + block.rows.start, start + block.rows.stop)
             n_rows, n_hidden = block.bias.shape
             for part in head_parts:

@@ -1,8 +1,8 @@
 """Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
 
-Knows how a layer's factor (and temperature) becomes that layer's cos/sin tables and how to hang those tables
-on an unmodified Hugging Face model. Where factors come from is `bezier` and `search`; what they are worth is
-`scoring` and `metrics`.
+Knows how a layer's factor (and temperature) becomes that layer's cos/sin tables, by the formulas of `rope`, and how to
+hang those tables on an unmodified Hugging Face model. Where factors come from is `bezier` and `search`; what they are
+worth is `scoring` and `metrics`.
 """
 
 import copy
@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-SCHEMES = ("pi",)
+from lrs_utils.rope import SCHEMES, scaled_frequencies
+
+Setting = tuple[float, float, str]  # factor, temperature, scheme of one layer
+UNSCALED: Setting = (1.0, 1.0, "pi")
 
 _scaled_decoders: WeakSet[nn.Module] = WeakSet()
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
@@ -41,8 +44,8 @@ class LayerScaling:
         layer's own tables in place, bit for bit. Layers without rotary positions (SmolLM3 has some) have
         nothing to scale, so their factor changes nothing.
     scheme : str
-        How a factor enters the frequencies. "pi": position interpolation, every frequency divided by s_l
-        (2306.15595, Eq. 4; transformers' rope type "linear").
+        How a factor enters the frequencies: "pi" (the paper's: all are divided by s_l), "ntk" or "yarn", which keep
+        the high ones (`rope.scaled_frequencies`).
     temperatures : sequence of float, shape (layers,), optional
         t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
         single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
@@ -87,16 +90,21 @@ class LayerScaling:
 
     @property
     def key(self) -> str:
-        """Canonical text of this scaling: equal scalings, and only they, have equal keys."""
-        parts = [self.scheme, ",".join(map(repr, self.factors))]
+        """Canonical text of what this scaling computes: without any factor but 1, schemes are the same."""
+        scheme = UNSCALED[2] if set(self.factors) == {1.0} else self.scheme
+        parts = [scheme, ",".join(map(repr, self.factors))]
         if self.temperatures is not None:
             parts.append(",".join(map(repr, self.temperatures)))
         return "|".join(parts)
 
     @property
-    def layers(self) -> tuple[tuple[float, float], ...]:
-        """(factor, temperature) of each layer: scalings that agree up to layer l compute the same up to there."""
-        return tuple(zip(self.factors, self.temperatures or (1.0,) * len(self.factors), strict=True))
+    def layers(self) -> tuple[Setting, ...]:
+        """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
+        temperatures = self.temperatures or (1.0,) * len(self.factors)
+        return tuple(
+            (factor, temperature, UNSCALED[2] if factor == 1 else self.scheme)
+            for factor, temperature in zip(self.factors, temperatures, strict=True)
+        )
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel) -> Iterator[None]:
@@ -114,21 +122,21 @@ class LayerScaling:
         self.refuse_misfit(model)
         decoder = reachable_decoder(model)
 
-        def replace_for(pair: tuple[float, float], tables: "PositionTables") -> Any:
+        def replace_for(setting: Setting, tables: "PositionTables") -> Any:
             def replace(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-                return args, kwargs | {"position_embeddings": tables(kwargs.get("position_embeddings"), pair)}
+                return args, kwargs | {"position_embeddings": tables(kwargs.get("position_embeddings"), setting)}
 
             return replace
 
         with ExitStack() as stack:
             _scaled_decoders.add(decoder)
             stack.callback(_scaled_decoders.discard, decoder)
-            if set(self.layers) != {(1.0, 1.0)}:
+            if set(self.layers) != {UNSCALED}:
                 tables = stack.enter_context(PositionTables(model))
-                for layer, pair in zip(decoder.layers, self.layers, strict=True):
-                    if pair != (1.0, 1.0):
-                        tables.prepare(pair)
-                        handle = layer.register_forward_pre_hook(replace_for(pair, tables), with_kwargs=True)
+                for layer, setting in zip(decoder.layers, self.layers, strict=True):
+                    if setting != UNSCALED:
+                        tables.prepare(setting)
+                        handle = layer.register_forward_pre_hook(replace_for(setting, tables), with_kwargs=True)
                         stack.callback(handle.remove)
             yield
 
@@ -145,15 +153,15 @@ class LayerScaling:
 
 
 class PositionTables:
-    """cos and sin of any factor and temperature, of what a model's rotary embedding is asked while this is entered.
+    """cos and sin of any setting, of what a model's rotary embedding is asked while this is entered.
 
-    Call it with the `position_embeddings` that a decoder layer was given and a (factor, temperature); the result is
-    that layer's own version of the same call. (1, 1) gives back what was given, bit for bit.
+    Call it with the `position_embeddings` that a decoder layer was given and a setting; the result is that layer's own
+    version of the same call. `UNSCALED` gives back what was given, bit for bit.
 
     Raises
     ------
     ValueError
-        A rope type that recomputes its frequencies.
+        A rope type that recomputes its frequencies, or has none that the scheme can work with.
     RuntimeError
         Position embeddings that the model's rotary embedding did not make.
     """
@@ -167,9 +175,10 @@ class PositionTables:
                     f"{self._name} has rope type {kind!r}, which recomputes its frequencies in every forward pass from "
                     "whatever is read with it and would undo a layer's factor; load it with a static rope type"
                 )
+        self._window = int(model.config.get_text_config().max_position_embeddings)
         # copied while it has no hook: with it, every copy would hold a copy of all earlier ones
         self._unscaled = copy.deepcopy(self._rotary)
-        self._scaled: dict[tuple[float, float], nn.Module] = {}
+        self._scaled: dict[Setting, nn.Module] = {}
         # cos handed out by the rotary embedding -> how it was called and the tables made from that call so far. By
         # identity: several calls differ (Gemma 3 makes two kinds), and a layer receives the very cos of one of them.
         self._calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -181,26 +190,26 @@ class PositionTables:
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
-    def __call__(self, given: Any, pair: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    def __call__(self, given: Any, setting: Setting) -> tuple[Tensor, Tensor]:
         if given is None or given[0] not in self._calls:
             raise RuntimeError(
                 f"{self._name} gave a layer position embeddings that its rotary_emb did not make, "
                 "so the layer's factor would have been ignored"
             )
         args, kwargs, tables = self._calls[given[0]]
-        if pair == (1.0, 1.0):
+        if setting == UNSCALED:
             return given  # type: ignore[no-any-return]
-        if pair not in tables:
+        if setting not in tables:
             if len(tables) >= _TABLES_KEPT:
                 tables.clear()  # a search off the grid brings new factors without end
-            tables[pair] = self.prepare(pair)(*args, **kwargs)
-        return tables[pair]  # type: ignore[no-any-return]
+            tables[setting] = self.prepare(setting)(*args, **kwargs)
+        return tables[setting]  # type: ignore[no-any-return]
 
-    def prepare(self, pair: tuple[float, float]) -> nn.Module:
-        """The rotary embedding for a (factor, temperature), or an error if the model has none."""
-        if pair not in self._scaled:
-            self._scaled[pair] = _scaled_rotary(self._unscaled, *pair, name=self._name)
-        return self._scaled[pair]
+    def prepare(self, setting: Setting) -> nn.Module:
+        """The rotary embedding for a setting, or an error if the model has none."""
+        if setting not in self._scaled:
+            self._scaled[setting] = _scaled_rotary(self._unscaled, setting, self._window, name=self._name)
+        return self._scaled[setting]
 
     def _remember(self, _: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> None:
         self._calls[output[0]] = (args, kwargs, {})
@@ -312,16 +321,21 @@ def _refuse_partial_rotary(model: PreTrainedModel) -> None:
             )
 
 
-def _scaled_rotary(rotary: nn.Module, factor: float, temperature: float, *, name: str) -> nn.Module:
+def _scaled_rotary(rotary: nn.Module, setting: Setting, window: int, *, name: str) -> nn.Module:
     """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
+    factor, temperature, scheme = setting
     scaled = copy.deepcopy(rotary)
-    frequencies = [buffer for buffer_name, buffer in scaled.named_buffers() if buffer_name.endswith("inv_freq")]
+    found = [buffer for buffer_name, buffer in scaled.named_buffers() if buffer_name.endswith("inv_freq")]
     gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]
-    if not frequencies or (temperature != 1.0 and not gains):
+    for inv_freq in found:
+        try:
+            frequencies, gain = scaled_frequencies(inv_freq, factor, scheme, window)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be scaled: {error}") from error
+        inv_freq.copy_(frequencies)
+    if not found or ((temperature, gain) != (1.0, 1.0) and not gains):
         raise ValueError(f"{name} can't be scaled: {type(rotary).__name__} has no `inv_freq` or `attention_scaling`")
-    for inv_freq in frequencies:
-        inv_freq /= factor
     for attribute in gains:
         # q and k each carry sqrt(t), their product t
-        setattr(scaled, attribute, getattr(scaled, attribute) * math.sqrt(temperature))
+        setattr(scaled, attribute, getattr(scaled, attribute) * gain * math.sqrt(temperature))
     return scaled

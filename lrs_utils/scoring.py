@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lrs_utils.ledger import Ledger
-from lrs_utils.models import LM
-from lrs_utils.packed import Layout, Packed, laid_out, pack, packed_attention, shared_prefix
+from lrs_utils.models import LM, attending_by
+from lrs_utils.packed import Layout, Packed, laid_out, pack, shared_prefix
 from lrs_utils.progress import Progress
-from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
+from lrs_utils.scaling import UNSCALED, LayerScaling, PositionTables, Setting, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
 _CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
@@ -146,7 +146,7 @@ def score(
                         missing[c, p, q] = False
     recomputed, unknown, layers_run = int(missing.sum()), int(missing.any(axis=2).sum()), 0
     bar = progress or Progress(missing[..., 0].size, "scoring")
-    with packed_attention(lm), PositionTables(lm.model) as tables, bar.entered():
+    with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables, bar.entered():
         bar.advance(missing[..., 0].size - unknown)
         room = _Room(lm.model.device, batch_tokens)
         while missing.any():
@@ -332,7 +332,7 @@ class _Walk:
         self,
         lm: LM,
         batch: _Batch,
-        paths: Sequence[tuple[tuple[float, float], ...]],
+        paths: Sequence[tuple[Setting, ...]],
         tables: PositionTables,
         kept: Kept,
     ) -> None:
@@ -345,14 +345,14 @@ class _Walk:
     def outcomes(self, width: int) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
         """Each candidate with its verdicts and nll, shape (contexts, questions), in the order of the walk."""
         group = sorted(self._batch.candidates, key=self._paths.__getitem__)
-        unscaled = [all(self._paths[c][layer] == (1.0, 1.0) for c in group) for layer in range(len(self._layers))]
+        unscaled = [all(self._paths[c][layer] == UNSCALED for c in group) for layer in range(len(self._layers))]
         contexts = sum(self._batch.keys, (self._lm.fingerprint,))
         n_first = [*unscaled, False].index(False)
         depth, hidden = self._kept.after(contexts, n_first)
         embedded = self._embedded()
         hidden = embedded if hidden is None else hidden
         for layer in range(depth, n_first):
-            hidden = self._layer(layer, hidden, [(0, (1.0, 1.0))])
+            hidden = self._layer(layer, hidden, [(0, UNSCALED)])
         if depth < n_first:
             self._kept.keep(contexts, n_first, hidden)
         yield from self._descend(n_first, hidden, [group], width)
@@ -363,13 +363,13 @@ class _Walk:
         """From the input of a layer, a copy of the batch for each group of candidates that agree so far."""
         while layer < len(self._layers):
             children = [
-                (copy, pair, list(members))
+                (copy, setting, list(members))
                 for copy, group in enumerate(groups)
-                for pair, members in groupby(group, key=lambda c: self._paths[c][layer])
+                for setting, members in groupby(group, key=lambda c: self._paths[c][layer])
             ]
             for first in range(0, len(children), width):
                 some = children[first : first + width]
-                output = self._layer(layer, hidden, [(copy, pair) for copy, pair, _ in some])
+                output = self._layer(layer, hidden, [(copy, setting) for copy, setting, _ in some])
                 groups = [members for *_, members in some]
                 if len(children) > width:
                     yield from self._descend(layer + 1, output, groups, width)
@@ -380,12 +380,12 @@ class _Walk:
             for c in group:
                 yield c, *rows
 
-    def _layer(self, index: int, hidden: Tensor, children: list[tuple[int, tuple[float, float]]]) -> Tensor:
-        """One layer over the copies that `children` name, each with its factor and temperature."""
+    def _layer(self, index: int, hidden: Tensor, children: list[tuple[int, Setting]]) -> Tensor:
+        """One layer over the copies that `children` name, each with its setting."""
         given, n = self._given[index], self._layout.length
         if [copy for copy, _ in children] != list(range(hidden.shape[1] // n)):
             hidden = hidden.view(-1, n, hidden.shape[2])[[copy for copy, _ in children]].view(1, -1, hidden.shape[2])
-        tables = [self._tables(given.get("position_embeddings"), pair) for _, pair in children]
+        tables = [self._tables(given.get("position_embeddings"), setting) for _, setting in children]
         if len(children) > 1:
             given = {
                 name: value.repeat(1, len(children)) if isinstance(value, Tensor) and value.shape == (1, n) else value

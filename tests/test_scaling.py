@@ -28,12 +28,18 @@ def logits(model, ids):
         return model(ids).logits
 
 
-def with_linear_rope(lm, factor):
-    """The same weights with transformers' own rope type `linear`, in every layer."""
+def with_rope_of_transformers(lm, scheme, factor):
+    """The same weights with transformers' own rope type in every layer; it knows NTK as a base already raised."""
     config = copy.deepcopy(lm.model.config)
-    rope = config.rope_parameters
-    for parameters in rope.values() if "rope_type" not in rope else [rope]:
-        parameters |= {"rope_type": "linear", "factor": factor}
+    rope, rotary = config.rope_parameters, lm.model.model.rotary_emb
+    for kind, parameters in rope.items() if "rope_type" not in rope else [("", rope)]:
+        d = 2 * len(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq"))
+        window = config.max_position_embeddings
+        parameters |= {
+            "pi": {"rope_type": "linear", "factor": factor},
+            "ntk": {"rope_theta": parameters["rope_theta"] * factor ** (d / (d - 2))},
+            "yarn": {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": window},
+        }[scheme]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.load_state_dict(lm.model.state_dict())
     return model
@@ -49,8 +55,29 @@ def test_identity_is_bit_identical_to_the_bare_model(lm, ids):
 def test_uniform_pi_equals_transformers_linear(lm, ids, factor):
     with LayerScaling.uniform(factor, 2).applied_to(lm.model):
         scaled = logits(lm.model, ids)
-    assert torch.equal(scaled, logits(with_linear_rope(lm, factor), ids))
+    assert torch.equal(scaled, logits(with_rope_of_transformers(lm, "pi", factor), ids))
     assert not torch.equal(scaled, logits(lm.model, ids))
+
+
+@pytest.mark.parametrize("scheme", ["ntk", "yarn"])
+@pytest.mark.parametrize("factor", [0.8, 1.5, 3.0])
+def test_uniform_ntk_and_yarn_equal_transformers(lm, ids, scheme, factor):
+    with LayerScaling.uniform(factor, 2, scheme).applied_to(lm.model):
+        scaled = logits(lm.model, ids)
+    theirs = logits(with_rope_of_transformers(lm, scheme, factor), ids)
+    torch.testing.assert_close(scaled, theirs, rtol=1e-4, atol=1e-4)  # float32: powers taken in another order
+    for other in {"pi", "ntk", "yarn"} - {scheme}:
+        with LayerScaling.uniform(factor, 2, other).applied_to(lm.model):
+            assert not torch.allclose(scaled, logits(lm.model, ids))
+
+
+def test_schemes_differ_only_where_a_factor_does(ids):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    assert LayerScaling((1.0, 1.0), "ntk").key == LayerScaling.identity(2).key
+    assert LayerScaling((1.0, 1.2), "ntk").key != LayerScaling((1.0, 1.2)).key
+    assert LayerScaling((1.0, 1.2), "ntk").layers[0] == LayerScaling((1.0, 1.2)).layers[0]
+    with LayerScaling((1.0, 1.0), "yarn").applied_to(lm.model):
+        assert torch.equal(logits(lm.model, ids), logits(load_lm("tiny-llama", dtype="float32").model, ids))
 
 
 def test_each_layer_gets_its_own_factor(ids):
@@ -120,7 +147,7 @@ def test_a_factor_keeps_one_small_copy_of_the_rotary_embedding(lm):
     with PositionTables(lm.model) as tables:
         before = living()
         for step in range(6):
-            tables.prepare((0.9 - step / 10, 1.0))
+            tables.prepare((0.9 - step / 10, 1.0, "pi"))
         assert living() == before + 6
 
 

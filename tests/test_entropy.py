@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+
+from lrs_utils import LayerScaling, entropy, load_lm
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def lm(request):
+    return load_lm(f"tiny-{request.param}", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(0).integers(0, 256, 90).tolist()
+
+
+def naive_weights(lm, ids):
+    """Attention of transformers' own eager code, (layers, heads, queries, keys)."""
+    lm.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = lm.model(torch.tensor([ids]), output_attentions=True).attentions
+    lm.model.set_attn_implementation("sdpa")
+    return torch.cat(maps).double().numpy()
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_entropy_and_mass_equal_the_naive_computation(lm, ids, monkeypatch, chunk_rows):
+    monkeypatch.setattr(entropy, "_CHUNK_BYTES", chunk_rows * 4 * 4 * len(ids))
+    with LayerScaling((1.3, 0.8)).applied_to(lm.model):
+        found = entropy.attention(lm, ids, edges=[0, 1, 20, 60])
+        weights = naive_weights(lm, ids)
+    logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    np.testing.assert_allclose(found.entropy, -(weights * logs).sum(-1), atol=2e-5)
+    np.testing.assert_allclose(found.mass, np.add.reduceat(weights, [0, 1, 20, 60], axis=-1), atol=2e-5)
+
+
+def test_last_queries_are_the_end_of_all(tiny, ids):
+    all_queries, last = entropy.attention(tiny, ids), entropy.attention(tiny, ids, queries=3)
+    np.testing.assert_allclose(last.entropy, all_queries.entropy[:, :, -3:], atol=1e-6)
+    np.testing.assert_allclose(last.mass, all_queries.mass[:, :, -3:], atol=1e-6)
+    assert all_queries.mass.shape == (2, 4, 90, 11)
+    np.testing.assert_allclose(all_queries.mass.sum(-1), 1, atol=1e-5)
+    assert (all_queries.entropy <= np.log(np.arange(1, 91)) + 1e-5).all()
+
+
+def test_measuring_leaves_the_model_as_it_was(tiny, ids):
+    before = tiny.model.config._attn_implementation
+    bare = tiny.model(torch.tensor([ids])).logits
+    entropy.attention(tiny, ids)
+    assert tiny.model.config._attn_implementation == before
+    assert torch.equal(tiny.model(torch.tensor([ids])).logits, bare)
+
+
+def test_logits_by_distance_equal_the_mean_over_pairs(lm, ids):
+    maps = {}
+
+    def watch(layer, query, key, window):
+        maps[layer] = query @ key.repeat_interleave(len(query) // len(key), 0).mT
+
+    found = entropy.logits_by_distance(lm, ids)
+    entropy._watch_attention(lm, ids, watch)
+    for layer, logits in maps.items():
+        for r in (0, 1, 10, 89):
+            naive = logits.diagonal(-r, 1, 2).mean(-1)
+            np.testing.assert_allclose(found[layer, :, r], naive, atol=1e-4)
+
+
+def test_prefix_matching_finds_a_head_that_looks_for_what_followed(tiny, monkeypatch):
+    def watch_only(lm, ids, watch):
+        """One head that sees only the token after the last same one, and one that looks evenly."""
+        n = len(ids)
+        target = torch.tensor([max([k for k in range(1, q) if ids[k - 1] == ids[q]], default=0) for q in range(n)])
+        query, key = torch.zeros(2, n, n), torch.eye(n)[None]
+        query[0, torch.arange(n), target] = 50.0
+        watch(0, query, key, None)
+
+    monkeypatch.setattr(entropy, "_watch_attention", watch_only)
+    inductive, even = entropy.prefix_matching(tiny, n_tokens=40, n_texts=2)[0]
+    assert inductive == pytest.approx(1, abs=1e-3)
+    assert even < 0.05
+
+
+def test_bad_requests_are_named(tiny, ids):
+    with pytest.raises(ValueError, match="edges is \\[0, 5, 5\\]"):
+        entropy.attention(tiny, ids, edges=[0, 5, 5])
+    with pytest.raises(ValueError, match="queries is 91; the text has 1 to 90"):
+        entropy.attention(tiny, ids, queries=91)
+    with pytest.raises(ValueError, match="3,000 tokens, but tiny-llama reads 2,048"):
+        entropy.attention(tiny, [1] * 3000)
