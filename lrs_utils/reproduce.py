@@ -6,12 +6,15 @@ A notebook declares its parameters (cell tagged `parameters`) and calls `begin`.
 `notebooks/profiles/<profile>.yaml`; anything misspelt or mistyped stops the run.
 """
 
+import hashlib
+import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import typing
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,10 +24,12 @@ from types import NoneType
 from typing import Any
 
 import nbformat
+import pandas as pd
 import yaml
 
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import cache_folder
+from lrs_utils.progress import Progress
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SHIPPED = ".outcomes.csv.gz"
@@ -94,6 +99,47 @@ class Run:
         path = self.path(f"data/results/{self.notebook}{_SHIPPED}")
         self.ledger.export(path, candidates, questions, self.provenance)
         return path
+
+    def table(self, name: str, pieces: Mapping[str, Callable[[], pd.DataFrame]], **settings: Any) -> pd.DataFrame:
+        """Measure what the ledger doesn't hold, or find it where it was measured with the same settings.
+
+        Found in the committed data/results/<name>.csv, whose first line says of what it is, else in the cache, where
+        each piece is written as soon as it is known: a killed run goes on where it was. Written below `folder`.
+
+        Parameters
+        ----------
+        pieces : mapping of str to function
+            Rows of the table by name of a piece; measured one after the other.
+        settings
+            All that the numbers depend on (model fingerprint, sizes, seed): plain JSON values.
+        """
+        about = json.dumps({"pieces": list(pieces), **settings})
+        path, committed = self.path(f"data/results/{name}.csv"), _ROOT / "data" / "results" / f"{name}.csv"
+        if not self.fresh:
+            for known in (path, committed):
+                if known.exists() and known.open(encoding="utf-8").readline().startswith(f"# {about} | "):
+                    if known != path:
+                        shutil.copyfile(known, path)
+                    return pd.read_csv(path, skiprows=1)
+        parts, bar = [], Progress(len(pieces), name)
+        with bar.entered():
+            for piece, measure in pieces.items():
+                digest = hashlib.sha256(json.dumps({"piece": piece, **settings}).encode()).hexdigest()[:16]
+                part = cache_folder() / "tables" / f"{name}-{digest}.csv"
+                if self.fresh or not part.exists():
+                    part.parent.mkdir(exist_ok=True)
+                    written = part.with_suffix(f".{os.getpid()}")
+                    measure().to_csv(written, index=False, float_format="%.6g")
+                    os.replace(written, part)
+                parts.append(part.read_text(encoding="utf-8"))
+                bar.advance(1, piece)
+        rows = [parts[0], *(part.partition("\n")[2] for part in parts[1:])]
+        path.write_text(f"# {about} | {self.provenance}\n" + "".join(rows), encoding="utf-8")
+        return pd.read_csv(path, skiprows=1)
+
+    def find(self, relative: str) -> Path | None:
+        """A result that another notebook writes: this run's own, else the repository's, else None."""
+        return next((path for path in (self.folder / relative, _ROOT / relative) if path.exists()), None)
 
     @property
     def command(self) -> str:

@@ -1,7 +1,10 @@
 import json
+import shutil
+from functools import partial
 from typing import Optional
 
 import nbformat
+import pandas as pd
 import pytest
 
 from lrs_utils import Ledger
@@ -72,6 +75,68 @@ def test_a_notebook_may_be_run_again_in_the_same_kernel():
     begin("x", names)
     names |= {"middle": 3, "n_pairs": 12}  # the notebook's own name, and a parameter edited by hand
     assert begin("x", names)["n_pairs"] == 12
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Runs whose repository and cache are elsewhere."""
+    (tmp_path / "notebooks").symlink_to(_ROOT / "notebooks")
+    monkeypatch.setattr("lrs_utils.reproduce._ROOT", tmp_path)
+    monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def pieces_of(measured, *names):
+    """Pieces that note when they are measured."""
+
+    def measure(name):
+        measured.append(name)
+        return pd.DataFrame({"of": [name, name], "value": [1 / 3, len(measured)]})
+
+    return {name: partial(measure, name) for name in names}
+
+
+def test_a_table_is_measured_once(in_tmp):
+    measured = []
+    run = begin("x", namespace(profile="cpu"))
+    first = run.table("t", pieces_of(measured, "a", "b"), fingerprint="f")
+    assert measured == ["a", "b"]
+    again = begin("x", namespace(profile="cpu")).table("t", pieces_of(measured, "a", "b"), fingerprint="f")
+    pd.testing.assert_frame_equal(first, again)
+    assert measured == ["a", "b"]
+    assert (in_tmp / "data/results/t.csv").read_text().startswith('# {"pieces": ["a", "b"], "fingerprint": "f"} | ')
+    run.table("t", pieces_of(measured, "a", "b"), fingerprint="another model")
+    assert measured == ["a", "b"] * 2
+    begin("x", namespace(profile="cpu", fresh=True)).table("t", pieces_of(measured, "a", "b"), fingerprint="f")
+    assert measured == ["a", "b"] * 3
+
+
+def test_a_killed_table_goes_on_where_it_was(in_tmp):
+    measured = []
+    pieces = pieces_of(measured, "a", "b", "c")
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin("x", namespace(profile="cpu")).table("t", pieces | {"b": killed}, n=2)
+    assert not (in_tmp / "data/results/t.csv").exists()
+    table = begin("x", namespace(profile="cpu")).table("t", pieces, n=2)
+    assert measured == ["a", "b", "c"]
+    assert table["of"].tolist() == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_a_committed_table_serves_another_folder(in_tmp):
+    measured = []
+    begin("x", namespace(profile="cpu")).table("t", pieces_of(measured, "a"), n=1)
+    shutil.rmtree(in_tmp / "cache")
+    smoke = begin("x", namespace())
+    smoke.table("t", pieces_of(measured, "a"), n=1)
+    assert measured == ["a"]
+    assert (in_tmp / "build/smoke/data/results/t.csv").exists()
+    assert smoke.find("data/results/t.csv") == in_tmp / "build/smoke/data/results/t.csv"
+    assert begin("x", namespace(profile="gpu")).find("data/results/t.csv") == in_tmp / "data/results/t.csv"
+    assert smoke.find("data/results/none.csv") is None
 
 
 def test_a_setting_that_no_profile_knows_is_named():
