@@ -1,8 +1,8 @@
 """What attention does with a text, layer by layer and head by head, measured exactly and without T x T maps.
 
 Entropy and mass of attention by query (the paper hypothesises that early layers aggregate and later ones filter; how it
-measures that is not known, CHOICES.md), queries times keys by distance, and prefix matching, the mark of induction
-heads. Scaled models are measured like any other: inside `scaling.applied_to(lm.model)`.
+measures that is not known, CHOICES.md), queries times keys by distance, and how much a head copies. Scaled models are
+measured like any other: inside `scaling.applied_to(lm.model)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -128,26 +128,31 @@ def logits_by_distance(lm: LM, ids: Sequence[int]) -> NDArray[np.float32]:
     return torch.stack([found[layer] for layer in sorted(found)]).numpy()
 
 
-def prefix_matching(lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int = 0) -> NDArray[np.float32]:
-    """How much each head attends as an induction head does (Olsson et al. 2022, 2209.11895).
+def induction_scores(
+    lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """How much each head works as one of the two that copy: what followed this token before, follows again.
 
-    A text of random tokens comes twice. In the second copy, the attention of a token to the one that followed it in the
-    first copy, averaged over tokens and texts: 1 always, about 1 / tokens by chance.
+    Olsson et al. 2022 (2209.11895): a previous-token head tells every token what came before it, and a later induction
+    head looks for the token that this one came before. Measured on a text of random tokens that comes twice, in the
+    second copy: attention to the token just before (previous token), and to the one after the same token in the first
+    copy (prefix matching). 1 always, about 1 / tokens by chance.
 
     Returns
     -------
-    float array, shape (layers, heads)
+    previous_token, prefix_matching : float arrays, shape (layers, heads)
     """
     chance = np.random.default_rng(seed)
     special = set(lm.tokenizer.all_special_ids)
     allowed = np.array([token for token in range(len(lm.tokenizer)) if token not in special])
+    at = np.arange(n_tokens)
     scores = []
     for _ in range(n_texts):
         once = chance.choice(allowed, n_tokens, replace=len(allowed) < n_tokens).tolist()
-        each = attention(lm, once * 2, edges=range(2 * n_tokens), queries=n_tokens)
-        after_first = np.arange(n_tokens) + 1  # where the token after the same one stands
-        scores.append(each.mass[:, :, np.arange(n_tokens), after_first].mean(axis=-1))
-    return np.asarray(np.mean(scores, axis=0))
+        mass = attention(lm, once * 2, edges=range(2 * n_tokens), queries=n_tokens).mass
+        scores.append([mass[:, :, at, column].mean(axis=-1) for column in (n_tokens + at - 1, at + 1)])
+    previous_token, matching = np.mean(scores, axis=0)
+    return previous_token, matching
 
 
 def _joined(chunks: dict[int, list[Tensor]]) -> NDArray[np.float32]:

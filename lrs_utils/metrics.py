@@ -104,6 +104,33 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
     return Interval(mean, np.asarray(found.confidence_interval.low), np.asarray(found.confidence_interval.high))
 
 
+def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> Interval:
+    """Spearman's rank correlation of two numbers of each unit (a layer, a head), with a bootstrap interval over units.
+
+    Parameters
+    ----------
+    x, y : arrays, shape (units,)
+
+    Returns
+    -------
+    Interval of single numbers
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 4:
+        raise ValueError(f"a correlation needs two numbers of at least 4 units; the shapes are {x.shape} and {y.shape}")
+
+    def correlation(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        a, b = (stats.rankdata(v, axis=axis) for v in (a, b))
+        a, b = (v - v.mean(axis=axis, keepdims=True) for v in (a, b))
+        return np.asarray((a * b).sum(axis) / np.sqrt((a * a).sum(axis) * (b * b).sum(axis)))
+
+    found = stats.bootstrap(
+        (x, y), correlation, paired=True, vectorized=True, confidence_level=level, n_resamples=resamples,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return Interval(correlation(x, y), *map(np.asarray, found.confidence_interval))
+
+
 def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:
     """Two-sided p of mean(a - b) under random exchange of a and b within each context (permutation test).
 

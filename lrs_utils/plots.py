@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lrs_utils.metrics import Interval
 from lrs_utils.search import SearchResult
@@ -29,28 +31,103 @@ def use_style() -> None:
     }
 
 
+def curves(
+    curves: Mapping[str, Interval | NDArray[np.float64]],
+    x: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    xlabel: str,
+    ylabel: str,
+    markers: bool = True,
+    ax: Axes | None = None,
+) -> Figure:
+    """Curves with their names, and their intervals as bands where they have one.
+
+    Parameters
+    ----------
+    curves : mapping of name to Interval or array, shape (points,)
+    x : array, shape (points,), or a mapping of name to such
+    """
+    ax = ax or plt.subplots()[1]
+    for (name, curve), colour, marker in zip(curves.items(), _COLOURS, "osD^vPX*dh", strict=False):
+        at = np.asarray(x[name] if isinstance(x, Mapping) else x, float)
+        mean = curve.mean if isinstance(curve, Interval) else curve
+        ax.plot(at, mean, color=colour, marker=marker if markers else None, markersize=3.5, label=name)
+        if isinstance(curve, Interval):
+            ax.fill_between(at, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if len(curves) > 1:
+        ax.legend(frameon=False)
+    return _figure(ax)
+
+
 def by_depth(
-    curves: Mapping[str, Interval],
+    accuracy: Mapping[str, Interval],
     depths: ArrayLike | Mapping[str, ArrayLike],
     *,
     ylabel: str,
     ax: Axes | None = None,
 ) -> Figure:
-    """Curves over the depth of the answer, each with its interval as a band and its name at the curve's end.
+    """`curves` over the depth of the answer."""
+    figure = curves(accuracy, depths, xlabel="depth of the answer (0 begin, 1 end)", ylabel=ylabel, ax=ax)
+    (ax or figure.axes[0]).set_xlim(-0.02, 1.02)
+    return figure
+
+
+def by_distance(
+    decays: Mapping[str, Interval | NDArray[np.float64]], distances: ArrayLike, *, ylabel: str, ax: Axes | None = None
+) -> Figure:
+    """`curves` over the tokens between query and key, in octaves."""
+    figure = curves(decays, distances, xlabel="distance (tokens)", ylabel=ylabel, markers=False, ax=ax)
+    (ax or figure.axes[0]).set_xscale("log", base=2)
+    return figure
+
+
+def layer_curves(
+    values: NDArray[np.float64], x: ArrayLike, *, xlabel: str, ylabel: str, ax: Axes | None = None
+) -> Figure:
+    """A thin line for each layer, coloured from the first to the last; values have shape (layers, points)."""
+    ax = ax or plt.subplots()[1]
+    colours = ScalarMappable(Normalize(0, len(values) - 1), "viridis")
+    for line, colour in zip(values, colours.to_rgba(np.arange(len(values))), strict=True):
+        ax.plot(np.asarray(x, float), line, color=tuple(colour), linewidth=0.9)
+    figure = _figure(ax)
+    figure.colorbar(colours, ax=ax, label="layer", pad=0.02)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+def layer_map(
+    values: pd.DataFrame, *, ylabel: str, label: str, limit: float | None = None, ax: Axes | None = None
+) -> Figure:
+    """Changes (below 0 blue, above red) or shares (from 0) by layer (columns) and something else (rows).
 
     Parameters
     ----------
-    curves : mapping of name to Interval, arrays of shape (questions,)
-    depths : array, shape (questions,), or a mapping of name to such
+    limit : float, optional
+        Colours end there, in both directions; by default at the largest value.
     """
+    ax = ax or plt.subplots(figsize=(7.5, 0.3 * len(values) + 1.1))[1]
+    low, high = values.to_numpy(float).min(), values.to_numpy(float).max()
+    limit = max(-low, high) if limit is None else limit
+    ends = {(False, False): "neither", (False, True): "max", (True, False): "min", (True, True): "both"}
+    bar = {"label": label, "extend": ends[-limit > low, high > limit], "pad": 0.02}
+    sns.heatmap(
+        values, vmin=-limit if low < 0 else 0, vmax=limit, cmap="vlag" if low < 0 else "rocket_r", cbar_kws=bar, ax=ax
+    )
+    ax.set(xlabel="layer", ylabel=ylabel)
+    ax.tick_params(axis="y", rotation=0)
+    ax.set_xticks(np.arange(0, values.shape[1], 2) + 0.5, np.asarray(values.columns)[::2])
+    return _figure(ax)
+
+
+def layer_scatter(x: ArrayLike, y: ArrayLike, *, xlabel: str, ylabel: str, ax: Axes | None = None) -> Figure:
+    """One number of each layer against another, with the layers' indices as marks."""
     ax = ax or plt.subplots()[1]
-    for (name, curve), colour, marker in zip(curves.items(), _COLOURS, "osD^v", strict=False):
-        x = np.asarray(depths[name] if isinstance(depths, Mapping) else depths, float)
-        ax.plot(x, curve.mean, color=colour, marker=marker, markersize=3.5, label=name)
-        ax.fill_between(x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
-    ax.set(xlabel="depth of the answer (0 begin, 1 end)", ylabel=ylabel, xlim=(-0.02, 1.02))
-    if len(curves) > 1:
-        ax.legend(frameon=False)
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    ax.scatter(x, y, s=130, c=np.arange(len(x)), cmap="viridis", alpha=0.35, linewidth=0)
+    for layer, at in enumerate(zip(x, y, strict=True)):
+        ax.annotate(str(layer), at, ha="center", va="center", fontsize="x-small")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     return _figure(ax)
 
 

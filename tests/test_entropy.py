@@ -68,19 +68,21 @@ def test_logits_by_distance_equal_the_mean_over_pairs(lm, ids):
             np.testing.assert_allclose(found[layer, :, r], naive, atol=1e-4)
 
 
-def test_prefix_matching_finds_a_head_that_looks_for_what_followed(tiny, monkeypatch):
+def test_induction_scores_find_heads_that_do_what_they_say(tiny, monkeypatch):
     def watch_only(lm, ids, watch):
-        """One head that sees only the token after the last same one, and one that looks evenly."""
+        """Heads that see only the token before, only the one after the last same one, and all evenly."""
         n = len(ids)
-        target = torch.tensor([max([k for k in range(1, q) if ids[k - 1] == ids[q]], default=0) for q in range(n)])
-        query, key = torch.zeros(2, n, n), torch.eye(n)[None]
-        query[0, torch.arange(n), target] = 50.0
+        after = torch.tensor([max([k for k in range(1, q) if ids[k - 1] == ids[q]], default=0) for q in range(n)])
+        query, key = torch.zeros(3, n, n), torch.eye(n)[None]
+        query[0, torch.arange(n), torch.arange(n) - 1] = 50.0
+        query[1, torch.arange(n), after] = 50.0
         watch(0, query, key, None)
 
     monkeypatch.setattr(entropy, "_watch_attention", watch_only)
-    inductive, even = entropy.prefix_matching(tiny, n_tokens=40, n_texts=2)[0]
-    assert inductive == pytest.approx(1, abs=1e-3)
-    assert even < 0.05
+    previous, matching = entropy.induction_scores(tiny, n_tokens=40, n_texts=2)
+    np.testing.assert_allclose(previous[0, :2], [1, 0], atol=0.05)
+    np.testing.assert_allclose(matching[0, :2], [0, 1], atol=0.05)
+    assert max(previous[0, 2], matching[0, 2]) < 0.05
 
 
 def test_bad_requests_are_named(tiny, ids):

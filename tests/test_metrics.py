@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from lrs_utils.metrics import (
     UTILISATION_WEIGHTS,
@@ -7,6 +8,7 @@ from lrs_utils.metrics import (
     chance_of_catching_up,
     first_middle_last,
     paired_test,
+    rank_correlation,
     utilisation,
     utilisation_over_depths,
 )
@@ -105,3 +107,17 @@ def test_the_chance_of_catching_up_sees_what_is_clearly_worse():
     np.testing.assert_array_equal(chance_of_catching_up([[0, 0, 0]], 5), [1])
     with pytest.raises(ValueError, match="5 of 5 contexts are seen"):
         chance_of_catching_up(np.zeros(5), 5)
+
+
+def test_rank_correlation_is_spearmans_with_an_interval_that_covers_it():
+    chance = np.random.default_rng(0)
+    x = chance.normal(size=40)
+    y = x + chance.normal(size=40)
+    found = rank_correlation(x, y)
+    assert found.mean == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert 0 < found.low < found.mean < found.high < 1
+    assert rank_correlation(x, np.exp(x)).mean == pytest.approx(1)
+    ties = [1, 1, 2, 2, 3, 4]
+    assert rank_correlation(ties, ties[::-1]).mean == pytest.approx(stats.spearmanr(ties, ties[::-1]).statistic)
+    with pytest.raises(ValueError, match="two numbers of at least 4 units"):
+        rank_correlation([1, 2, 3], [1, 2, 3])
