@@ -11,6 +11,7 @@ from types import EllipsisType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -98,39 +99,36 @@ def attention(
             entropies.setdefault(layer, []).append(-logs.mul_(weights).sum(-1).cpu())
 
     _watch_attention(lm, ids, watch)
-    entropy, mass = (
-        torch.stack([torch.cat(found[layer], dim=1) for layer in sorted(found)]).numpy()
-        for found in (entropies, masses)
-    )
-    return Attention(entropy, mass)
+    return Attention(_joined(entropies), _joined(masses))
 
 
 def logits_by_distance(lm: LM, ids: Sequence[int]) -> NDArray[np.float32]:
-    """Mean attention logit (q.k / sqrt(dim), positions included) of every pair of tokens at each distance.
+    """Mean attention logit (q.k / sqrt(dim), positions included) at each distance, over the second half's queries.
 
-    All pairs at once by correlation: sum over m of q_m . k_(m-r) for every r is a product in Fourier space.
+    Every distance up to half the text has all these queries and as many keys, so that none is compared over other
+    tokens than the next; the first token, a sink, is never among the keys. All pairs at once by correlation: the sum
+    over m of q_m . k_(m-r) for every r is a product in Fourier space.
 
     Returns
     -------
-    float array, shape (layers, heads, tokens)
-        Index r of the last axis is the distance, over tokens - r pairs.
+    float array, shape (layers, heads, tokens // 2)
+        The last axis is the distance.
     """
-    n = len(ids)
+    n, half = len(ids), len(ids) // 2
     found: dict[int, Tensor] = {}
 
     def watch(layer: int, query: Tensor, key: Tensor, window: int | None) -> None:
-        q, k = (torch.fft.rfft(x, 2 * n, dim=1) for x in (query, key))
+        later = query.clone()
+        later[:, : n - half] = 0
+        q, k = (torch.fft.rfft(x, 2 * n, dim=1) for x in (later, key))
         product = (q.unflatten(0, (len(key), -1)) * k.conj()[:, None]).sum(-1).flatten(0, 1)
-        sums = torch.fft.irfft(product, 2 * n, dim=1)[:, :n]
-        found[layer] = (sums / torch.arange(n, 0, -1, device=sums.device)).cpu()
+        found[layer] = (torch.fft.irfft(product, 2 * n, dim=1)[:, :half] / half).cpu()
 
     _watch_attention(lm, ids, watch)
     return torch.stack([found[layer] for layer in sorted(found)]).numpy()
 
 
-def induction_scores(
-    lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int = 0
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def induction_scores(lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int = 0) -> pd.DataFrame:
     """How much each head works as one of the two that copy: what followed this token before, follows again.
 
     Olsson et al. 2022 (2209.11895): a previous-token head tells every token what came before it, and a later induction
@@ -140,19 +138,22 @@ def induction_scores(
 
     Returns
     -------
-    previous_token, prefix_matching : float arrays, shape (layers, heads)
+    DataFrame
+        Index (layer, head), columns "previous token" and "prefix matching".
     """
     chance = np.random.default_rng(seed)
     special = set(lm.tokenizer.all_special_ids)
     allowed = np.array([token for token in range(len(lm.tokenizer)) if token not in special])
     at = np.arange(n_tokens)
+    columns = {"previous token": n_tokens + at - 1, "prefix matching": at + 1}
     scores = []
     for _ in range(n_texts):
         once = chance.choice(allowed, n_tokens, replace=len(allowed) < n_tokens).tolist()
         mass = attention(lm, once * 2, edges=range(2 * n_tokens), queries=n_tokens).mass
-        scores.append([mass[:, :, at, column].mean(axis=-1) for column in (n_tokens + at - 1, at + 1)])
-    previous_token, matching = np.mean(scores, axis=0)
-    return previous_token, matching
+        scores.append([mass[:, :, at, column].mean(axis=-1) for column in columns.values()])
+    means = np.mean(scores, axis=0)
+    index = pd.MultiIndex.from_product([range(n) for n in means.shape[1:]], names=["layer", "head"])
+    return pd.DataFrame(means.reshape(2, -1).T, index=index, columns=list(columns))
 
 
 def _joined(chunks: dict[int, list[Tensor]]) -> NDArray[np.float32]:

@@ -108,6 +108,19 @@ class Ledger:
             )
             return {question: (bool(exact), nll) for question, exact, nll in rows}
 
+    def known(self, model: str, questions: Sequence[str]) -> dict[str, dict[str, tuple[bool, float]]]:
+        """What is known of some questions under any scaling: scaling key -> question key -> (exact, nll)."""
+        found: dict[str, dict[str, tuple[bool, float]]] = {}
+        with self._explained():
+            rows = self._db.execute(
+                "SELECT scaling, question, exact, nll FROM candidates JOIN outcomes ON id = candidate "
+                "WHERE model = ? AND question IN (SELECT value FROM json_each(?)) ORDER BY id",
+                (model, json.dumps(list(questions))),
+            )
+            for scaling, question, exact, nll in rows:
+                found.setdefault(scaling, {})[question] = (bool(exact), nll)
+        return found
+
     def record(
         self, model: str, scaling: str, questions: Sequence[str], exact: NDArray[np.bool_], nll: NDArray[np.float64]
     ) -> list[tuple[bool, float]]:

@@ -1,7 +1,7 @@
 """From outcomes to numbers: accuracy by depth, context utilisation U, intervals and paired tests.
 
 Contexts are the unit of chance: questions about one context share its reading, so intervals and tests resample
-contexts.
+contexts. Only correlations over layers or heads resample those.
 """
 
 from typing import NamedTuple
@@ -107,6 +107,9 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
 def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> Interval:
     """Spearman's rank correlation of two numbers of each unit (a layer, a head), with a bootstrap interval over units.
 
+    The interval takes units for independent. Layers are not: what is smooth over depth correlates by chance more often
+    (`shift_test`).
+
     Parameters
     ----------
     x, y : arrays, shape (units,)
@@ -115,20 +118,40 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resampl
     -------
     Interval of single numbers
     """
+    x, y = _paired_units(x, y)
+    at = np.random.default_rng(0).integers(len(x), size=(resamples, len(x)))
+    found = np.sort(_spearman(x[at], y[at]))
+    found = found[~np.isnan(found)]  # resamples of one value only
+    return Interval(_spearman(x, y), *np.asarray(np.quantile(found, [(1 - level) / 2, (1 + level) / 2])))
+
+
+def shift_test(x: ArrayLike, y: ArrayLike) -> float:
+    """Two-sided p of a rank correlation over depth: how many circular shifts of one against the other do as well.
+
+    Shifts keep how smooth each is over depth, which a permutation would not.
+
+    Parameters
+    ----------
+    x, y : arrays, shape (layers,)
+    """
+    x, y = _paired_units(x, y)
+    shifted = np.array([_spearman(np.roll(x, by), y) for by in range(len(x))])
+    return float(np.mean(np.abs(shifted) >= np.abs(shifted[0]) - 1e-12))
+
+
+def _paired_units(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x, y = np.asarray(x, float), np.asarray(y, float)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 4:
         raise ValueError(f"a correlation needs two numbers of at least 4 units; the shapes are {x.shape} and {y.shape}")
+    return x, y
 
-    def correlation(a: NDArray[np.float64], b: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        a, b = (stats.rankdata(v, axis=axis) for v in (a, b))
-        a, b = (v - v.mean(axis=axis, keepdims=True) for v in (a, b))
-        return np.asarray((a * b).sum(axis) / np.sqrt((a * a).sum(axis) * (b * b).sum(axis)))
 
-    found = stats.bootstrap(
-        (x, y), correlation, paired=True, vectorized=True, confidence_level=level, n_resamples=resamples,
-        method="percentile", rng=np.random.default_rng(0),
-    )  # fmt: skip
-    return Interval(correlation(x, y), *map(np.asarray, found.confidence_interval))
+def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the last axis."""
+    x, y = (stats.rankdata(v, axis=-1) for v in (x, y))
+    x, y = (v - v.mean(axis=-1, keepdims=True) for v in (x, y))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
 
 
 def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:

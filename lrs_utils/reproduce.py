@@ -111,16 +111,16 @@ class Run:
         pieces : mapping of str to function
             Rows of the table by name of a piece; measured one after the other.
         settings
-            All that the numbers depend on (model fingerprint, sizes, seed): plain JSON values.
+            All that the numbers of every piece depend on beside its name (model fingerprint, sizes, seed): plain JSON
+            values.
         """
         about = json.dumps({"pieces": list(pieces), **settings})
         path, committed = self.path(f"data/results/{name}.csv"), _ROOT / "data" / "results" / f"{name}.csv"
-        if not self.fresh:
-            for known in (path, committed):
-                if known.exists() and known.open(encoding="utf-8").readline().startswith(f"# {about} | "):
-                    if known != path:
-                        shutil.copyfile(known, path)
-                    return pd.read_csv(path, skiprows=1)
+        for known in () if self.fresh else (path, committed):
+            if known.exists() and known.read_text(encoding="utf-8").startswith(f"# {about} | "):
+                if known != path:
+                    shutil.copyfile(known, path)
+                return pd.read_csv(path, skiprows=1)
         parts, bar = [], Progress(len(pieces), name)
         with bar.entered():
             for piece, measure in pieces.items():
@@ -128,13 +128,11 @@ class Run:
                 part = cache_folder() / "tables" / f"{name}-{digest}.csv"
                 if self.fresh or not part.exists():
                     part.parent.mkdir(exist_ok=True)
-                    written = part.with_suffix(f".{os.getpid()}")
-                    measure().to_csv(written, index=False, float_format="%.6g")
-                    os.replace(written, part)
-                parts.append(part.read_text(encoding="utf-8"))
+                    _write(part, measure().to_csv(index=False, float_format="%.6g"))
+                parts.append(pd.read_csv(part))
                 bar.advance(1, piece)
-        rows = [parts[0], *(part.partition("\n")[2] for part in parts[1:])]
-        path.write_text(f"# {about} | {self.provenance}\n" + "".join(rows), encoding="utf-8")
+        rows = pd.concat(parts).to_csv(index=False, float_format="%.6g")
+        _write(path, f"# {about} | {self.provenance}\n{rows}")
         return pd.read_csv(path, skiprows=1)
 
     def find(self, relative: str) -> Path | None:
@@ -199,6 +197,13 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
             overridden[name] = value
         namespace[name] = settings[name] = settings.get(name) if value is None else value
     return Run(notebook, profile, settings, overridden, bool(namespace.get("fresh", False)))
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def versions() -> str:

@@ -97,6 +97,13 @@ class LayerScaling:
             parts.append(",".join(map(repr, self.temperatures)))
         return "|".join(parts)
 
+    @classmethod
+    def from_key(cls, key: str) -> "LayerScaling":
+        """The scaling that a key is of."""
+        scheme, factors, *temperatures = key.split("|")
+        values = [tuple(map(float, part.split(","))) for part in (factors, *temperatures)]
+        return cls(values[0], scheme, values[1] if temperatures else None)
+
     @property
     def layers(self) -> tuple[Setting, ...]:
         """Setting of each layer: scalings that agree up to layer l compute the same up to there."""

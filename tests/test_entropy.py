@@ -61,11 +61,27 @@ def test_logits_by_distance_equal_the_mean_over_pairs(lm, ids):
         maps[layer] = query @ key.repeat_interleave(len(query) // len(key), 0).mT
 
     found = entropy.logits_by_distance(lm, ids)
+    assert found.shape[-1] == 45
     entropy._watch_attention(lm, ids, watch)
     for layer, logits in maps.items():
-        for r in (0, 1, 10, 89):
-            naive = logits.diagonal(-r, 1, 2).mean(-1)
+        for r in (0, 1, 10, 44):
+            naive = np.mean([logits[:, m, m - r].numpy() for m in range(45, 90)], axis=0)
             np.testing.assert_allclose(found[layer, :, r], naive, atol=1e-4)
+
+
+def test_no_chunk_is_larger_than_its_limit(tiny, monkeypatch):
+    sizes = []
+    whole = torch.Tensor.log_softmax
+
+    def noted(logits, *args):
+        sizes.append(logits.nbytes)
+        return whole(logits, *args)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", noted)
+    monkeypatch.setattr(entropy, "_CHUNK_BYTES", 200_000)
+    entropy.attention(tiny, [5] * 1500)
+    assert len(sizes) > 2 * 1500 * 1500 * 4 * 4 / 2 / 200_000
+    assert max(sizes) <= 200_000
 
 
 def test_induction_scores_find_heads_that_do_what_they_say(tiny, monkeypatch):
@@ -79,10 +95,10 @@ def test_induction_scores_find_heads_that_do_what_they_say(tiny, monkeypatch):
         watch(0, query, key, None)
 
     monkeypatch.setattr(entropy, "_watch_attention", watch_only)
-    previous, matching = entropy.induction_scores(tiny, n_tokens=40, n_texts=2)
-    np.testing.assert_allclose(previous[0, :2], [1, 0], atol=0.05)
-    np.testing.assert_allclose(matching[0, :2], [0, 1], atol=0.05)
-    assert max(previous[0, 2], matching[0, 2]) < 0.05
+    scores = entropy.induction_scores(tiny, n_tokens=40, n_texts=2)
+    assert scores.index.tolist() == [(0, 0), (0, 1), (0, 2)]
+    np.testing.assert_allclose(scores["previous token"], [1, 0, 0.025], atol=0.02)
+    np.testing.assert_allclose(scores["prefix matching"], [0, 1, 0.025], atol=0.02)
 
 
 def test_bad_requests_are_named(tiny, ids):

@@ -9,6 +9,7 @@ from lrs_utils.metrics import (
     first_middle_last,
     paired_test,
     rank_correlation,
+    shift_test,
     utilisation,
     utilisation_over_depths,
 )
@@ -118,6 +119,23 @@ def test_rank_correlation_is_spearmans_with_an_interval_that_covers_it():
     assert 0 < found.low < found.mean < found.high < 1
     assert rank_correlation(x, np.exp(x)).mean == pytest.approx(1)
     ties = [1, 1, 2, 2, 3, 4]
-    assert rank_correlation(ties, ties[::-1]).mean == pytest.approx(stats.spearmanr(ties, ties[::-1]).statistic)
+    found = rank_correlation(ties, ties[::-1])
+    assert found.mean == pytest.approx(stats.spearmanr(ties, ties[::-1]).statistic)
+    assert -1 <= found.low <= found.high <= 1
     with pytest.raises(ValueError, match="two numbers of at least 4 units"):
         rank_correlation([1, 2, 3], [1, 2, 3])
+
+
+def test_shift_test_keeps_its_error_rate_where_layers_resemble_their_neighbours():
+    chance = np.random.default_rng(0)
+
+    def smooth():
+        noise = chance.normal(size=60)
+        for i in range(1, 60):
+            noise[i] += 0.9 * noise[i - 1]
+        return noise[30:]
+
+    p = [shift_test(smooth(), smooth()) for _ in range(300)]
+    assert np.mean(np.array(p) <= 0.05) < 0.09
+    line = smooth()
+    assert shift_test(line, line + 0.1 * smooth()) <= 2 / 30

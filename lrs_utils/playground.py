@@ -1,0 +1,575 @@
+"""The Bezier playground: drag a curve over depth, watch layer factors and accuracy by depth respond.
+
+`Playground` is the model behind the widget, a plain class that needs neither browser nor kernel; `show` puts it on the
+screen. What is drawn while dragging is drawn by the browser (`playground.js`); what is measured is measured here, in
+the background, context by context, and filed in the ledger.
+"""
+
+import html
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets
+import numpy as np
+import traitlets
+from numpy.typing import NDArray
+from scipy.interpolate import RBFInterpolator
+
+from lrs_utils.bezier import BezierCurve
+from lrs_utils.ledger import Ledger
+from lrs_utils.metrics import Interval, bootstrap_mean
+from lrs_utils.models import LM
+from lrs_utils.progress import Progress
+from lrs_utils.rope import SCHEMES
+from lrs_utils.scaling import LayerScaling, reachable_decoder, save_factors
+from lrs_utils.scoring import Kept, score
+from lrs_utils.tasks import Suite
+
+_SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of a drag settles at once
+_FEWEST_SCALINGS, _MOST_SCALINGS = 8, 150  # that a prediction is made from
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a scaling so far: verdicts by context, each of shape (questions,)."""
+
+    scaling: LayerScaling
+    exact: Mapping[int, NDArray[np.bool_]]
+
+    @cached_property
+    def accuracy(self) -> Interval:
+        """By depth; without width as long as one context is known."""
+        values = np.array(list(self.exact.values()), float)
+        if len(values) > 1:
+            return bootstrap_mean(values, resamples=1_000)
+        return Interval(*[values.mean(axis=0)] * 3)
+
+    @property
+    def mean(self) -> float:
+        """Accuracy over all depths and contexts known."""
+        return float(np.mean(list(self.exact.values())))
+
+
+class Surrogate:
+    """Accuracy by depth of scalings never measured, interpolated between those that were.
+
+    Radial basis functions over the factors of all layers, smoothed as far as leave-one-out error asks for.
+
+    Parameters
+    ----------
+    factors : array, shape (scalings, layers)
+    accuracy : array, shape (scalings, questions)
+
+    Attributes
+    ----------
+    error : float
+        Root mean square error of a depth's accuracy when each scaling is predicted from the others.
+    error_of_mean : float
+        The same of predicting nothing but the mean of the others.
+    """
+
+    def __init__(self, factors: NDArray[np.float64], accuracy: NDArray[np.float64]) -> None:
+        self._factors, self._accuracy = factors, accuracy
+        errors = {smoothing: self._left_out(smoothing) for smoothing in (0.01, 0.1, 1.0, 10.0)}
+        smoothing = min(errors, key=errors.__getitem__)
+        self.error = errors[smoothing]
+        n = len(accuracy)
+        self.error_of_mean = float(np.sqrt(np.mean(((accuracy - accuracy.mean(axis=0)) * n / (n - 1)) ** 2)))
+        self._fitted = self._fit(np.ones(n, bool), smoothing)
+
+    def __call__(self, scaling: LayerScaling) -> NDArray[np.float64]:
+        """Predicted accuracy by depth, between 0 and 1."""
+        return np.asarray(np.clip(self._fitted(np.array([scaling.factors]))[0], 0, 1))
+
+    def _fit(self, of: NDArray[np.bool_], smoothing: float) -> RBFInterpolator:
+        return RBFInterpolator(self._factors[of], self._accuracy[of], kernel="linear", smoothing=smoothing, degree=0)
+
+    def _left_out(self, smoothing: float) -> float:
+        others = ~np.eye(len(self._factors), dtype=bool)
+        predicted = [self._fit(of, smoothing)(self._factors[~of])[0] for of in others]
+        return float(np.sqrt(np.mean((predicted - self._accuracy) ** 2)))
+
+
+class Playground:
+    """A curve under the user's hands, and what is known of the scaling that it stands for.
+
+    After every change the running measurement is cancelled, and a new one begins in the background once nothing has
+    changed for a quarter of a second; during a `drag` none begins, at its end at once. Whoever shows it subscribes.
+
+    Parameters
+    ----------
+    lm : LM
+        Not to be used by other code while something is measured; `stop` waits until it is free.
+    make_suite : function (n_pairs, n_contexts) -> Suite
+    n_pairs, n_contexts : int
+        To begin with.
+    ledger : str or Path
+        The ledger's file: what is in it is not measured again, what is measured is added.
+    presets : mapping of str to BezierCurve, optional
+        Beside "no scaling", "uniform" and "decreasing, as in the paper".
+    bounds, step, first_layer
+        As in `BezierCurve.factors`; control points are kept on the same grid.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        make_suite: Callable[[int, int], Suite],
+        n_pairs: int,
+        n_contexts: int,
+        *,
+        ledger: str | Path,
+        presets: Mapping[str, BezierCurve] | None = None,
+        bounds: tuple[float, float] = (1.0, 2.0),
+        step: float = 0.1,
+        first_layer: int = 0,
+    ) -> None:
+        if lm.num_layers - first_layer < 4:
+            scaled = lm.num_layers - first_layer
+            raise ValueError(
+                f"{lm.name} has {scaled} layers to scale; four control points need 4, each a layer of its own"
+            )
+        self.lm, self.bounds, self.step, self.first_layer = lm, bounds, step, first_layer
+        self._ledger, self._make_suite = Path(ledger), make_suite
+        ends = self._snapped(bounds[0]), self._snapped(bounds[1])
+        strongest = max(ends, key=lambda factor: abs(factor - 1))
+        self._spread = tuple(np.linspace(first_layer, lm.num_layers - 1, 4).round().tolist())
+        self.presets = {
+            "no scaling": self._flat(1.0),
+            "uniform": self._flat(strongest),
+            "decreasing, as in the paper": BezierCurve(self._spread, (ends[1], ends[1], 1.0, 1.0)),
+        } | dict(presets or {})
+        self.curve, self.scheme, self.status = self._flat(1.0), SCHEMES[0], "drag a point"
+        self.surrogate: Surrogate | None = None
+        self.measured: dict[str, Measured] = {}  # by scaling key, on the suite as it is
+        self._past, self._future = [(self.curve, self.scheme)], list[tuple[BezierCurve, str]]()
+        self._listeners: list[Callable[[], None]] = []
+        self._lock, self._model_in_use = threading.RLock(), threading.Lock()
+        self._dragged = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._kept = Kept()
+        self.set_size(n_pairs, n_contexts)
+
+    @property
+    def scaling(self) -> LayerScaling:
+        """The scaling that the curve stands for."""
+        factors = self.curve.factors(self.lm.num_layers, self.first_layer, self.step, self.bounds)
+        return LayerScaling(factors, self.scheme)
+
+    @property
+    def unscaled(self) -> LayerScaling:
+        """The baseline."""
+        return LayerScaling.identity(self.lm.num_layers)
+
+    @property
+    def best(self) -> Measured | None:
+        """Of those known on all contexts the one with the best mean accuracy."""
+        whole = [known for known in self.measured.values() if len(known.exact) == len(self.suite.probes)]
+        return max(whole, key=lambda known: known.mean, default=None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is measured, or about to be."""
+        return self._thread is not None and self._thread.is_alive() and not self._stop.is_set()
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether `undo` would change anything."""
+        return len(self._past) > 1 or self._past[-1] != (self.curve, self.scheme)
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether `redo` would change anything."""
+        return bool(self._future)
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called after every change, also from the measuring thread."""
+        self._listeners.append(listener)
+
+    def prediction(self) -> NDArray[np.float64] | None:
+        """Accuracy by depth that the surrogate expects, or None while too little is known."""
+        return None if self.surrogate is None or self.scheme != SCHEMES[0] else self.surrogate(self.scaling)
+
+    def move(self, point: int, layer: float, value: float) -> None:
+        """Move a control point; it snaps to the grid, stays within bounds and between its neighbours."""
+        layers, values = list(self.curve.layers), list(self.curve.values)
+        low = layers[point - 1] + 1 if point else self.first_layer
+        high = layers[point + 1] - 1 if point < 3 else self.lm.num_layers - 1
+        layers[point], values[point] = float(np.clip(round(layer), low, high)), self._snapped(value)
+        self.use(BezierCurve(layers, values))
+
+    def use(self, curve: BezierCurve) -> None:
+        """Put this curve in place of the present one."""
+        self._change(curve, self.scheme)
+
+    def set_scheme(self, scheme: str) -> None:
+        """Read the factors under another scheme."""
+        LayerScaling(self.scaling.factors, scheme)  # refuses an unknown one
+        self._change(self.curve, scheme)
+
+    def set_size(self, n_pairs: int, n_contexts: int) -> None:
+        """Ask other contexts; what the ledger knows of them is there at once."""
+        suite = self._make_suite(n_pairs, n_contexts)
+        self.stop()
+        with Ledger(self._ledger) as ledger:
+            known = ledger.known(self.lm.fingerprint, [key for probe in suite.probes for key in probe.keys])
+        with self._lock:
+            self.n_pairs, self.n_contexts, self.suite = n_pairs, n_contexts, suite
+            self.measured = {key: Measured(LayerScaling.from_key(key), {}) for key in known}
+            for key, outcomes in known.items():
+                for p, probe in enumerate(suite.probes):
+                    if all(question in outcomes for question in probe.keys):
+                        self._learn(key, p, np.array([outcomes[question][0] for question in probe.keys]))
+            self._fit()
+        self._tell()
+
+    def drag(self, begins: bool) -> None:
+        """A drag begins: nothing is measured until it ends."""
+        self._dragged = begins
+        if begins:
+            self._stop.set()
+        else:
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure the present curve now, unless all is known."""
+        with self._lock:
+            self._commit()
+            self._start(0.0)
+        self._tell()
+
+    def stop(self) -> None:
+        """Cancel the running measurement and wait until the model is free; what was measured is kept."""
+        self._stop.set()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until the running measurement has ended."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def undo(self) -> None:
+        """Back to the curve before the last change."""
+        with self._lock:
+            self._commit()
+            if len(self._past) > 1:
+                self._future.append(self._past.pop())
+        self._change(*self._past[-1])
+
+    def redo(self) -> None:
+        """Forward again."""
+        with self._lock:
+            if self._future:
+                self._past.append(self._future.pop())
+        self._change(*self._past[-1])
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors, with the curve and what is known of them, as a factor file."""
+        known = self.measured.get(self.scaling.key)
+        measured = None if known is None else {"contexts": len(known.exact), "accuracy": known.mean}
+        save_factors(
+            path, self.scaling, model=self.lm.name, fingerprint=self.lm.fingerprint, suite=self.suite.recipe,
+            curve=asdict(self.curve), measured=measured, chosen="by hand, on the contexts it was measured on",
+        )  # fmt: skip
+
+    def _change(self, curve: BezierCurve, scheme: str) -> None:
+        with self._lock:
+            if (curve, scheme) == (self.curve, self.scheme):
+                return
+            self.curve, self.scheme = curve, scheme
+            self._stop.set()
+            if not self._dragged:
+                self._start(_SETTLE_SECONDS)
+        self._tell()
+
+    def _start(self, delay: float) -> None:
+        self._stop.set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(self._stop, delay), daemon=True)
+        self._thread.start()
+
+    def _run(self, stop: threading.Event, delay: float) -> None:
+        """In a thread of its own: wait until the change has settled and the model is free, then measure."""
+        if stop.wait(delay):
+            return
+        with self._model_in_use:
+            try:
+                self._measure(stop)
+            except _Stopped:
+                self.say("stopped; what was measured is kept")
+            except Exception as error:  # there is no one to raise it to
+                self.say(f"{type(error).__name__}: {error}")
+
+    def _measure(self, stop: threading.Event) -> None:
+        with self._lock:
+            if stop.is_set():
+                return
+            self._commit()
+            wanted, suite = self.scaling, self.suite
+        began, asked = time.monotonic(), 0
+        todo = [
+            (p, scaling)
+            for p in range(len(suite.probes))
+            for scaling in dict.fromkeys((wanted, self.unscaled))  # the baseline goes along
+            if scaling.key not in self.measured or p not in self.measured[scaling.key].exact
+        ]
+        with Ledger(self._ledger) as ledger, _stoppable(self.lm, stop):
+            for done, (p, scaling) in enumerate(todo):
+                probe = replace(suite, probes=suite.probes[p : p + 1])
+                outcomes = score(self.lm, probe, [scaling], ledger=ledger, kept=self._kept, progress=_Unseen(1, ""))
+                asked += outcomes.recomputed
+                with self._lock:
+                    self._learn(scaling.key, p, outcomes.exact[0, 0])
+                left = (time.monotonic() - began) / (done + 1) * (len(todo) - done - 1)
+                self.say(f"context {p + 1} of {len(suite.probes)}, {asked} questions answered, {left:.0f} s left")
+        with self._lock:
+            self._fit()
+        known = self.measured[wanted.key]
+        self.say(
+            f"measured on {len(known.exact)} contexts: {known.mean:.3f} of {suite.depths.size} depths' answers exact"
+        )
+
+    def _learn(self, key: str, p: int, exact: NDArray[np.bool_]) -> None:
+        known = self.measured.get(key) or Measured(LayerScaling.from_key(key), {})
+        self.measured[key] = Measured(known.scaling, dict(known.exact) | {p: exact})
+
+    def _fit(self) -> None:
+        """A new surrogate from all scalings of the paper's scheme that are known on a quarter of the contexts."""
+        known = [
+            m for m in self.measured.values()
+            if 4 * len(m.exact) >= len(self.suite.probes) and m.scaling.temperatures is None
+            and m.scaling.scheme == SCHEMES[0]
+        ]  # fmt: skip
+        self.surrogate = None
+        if len(known) >= _FEWEST_SCALINGS:
+            accuracy = [np.mean(list(m.exact.values()), axis=0) for m in known[-_MOST_SCALINGS:]]
+            self.surrogate = Surrogate(
+                np.array([m.scaling.factors for m in known[-_MOST_SCALINGS:]]), np.array(accuracy)
+            )
+
+    def _commit(self) -> None:
+        """The present curve is a step to come back to."""
+        if self._past[-1] != (self.curve, self.scheme):
+            self._past.append((self.curve, self.scheme))
+            self._future.clear()
+
+    def _flat(self, value: float) -> BezierCurve:
+        return BezierCurve(self._spread, (value,) * 4)
+
+    def _snapped(self, value: float) -> float:
+        low, high = (edge / self.step for edge in self.bounds)
+        steps = np.clip(np.round(value / self.step), np.ceil(low - 1e-9), np.floor(high + 1e-9))
+        return float(np.round(steps * self.step, 10))
+
+    def say(self, status: str) -> None:
+        """Show a line of status."""
+        self.status = status
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+
+def show(playground: Playground, *, save_to: str | Path = "playground.json", editor: bool = True) -> ipywidgets.Widget:
+    """The playground as a widget for JupyterLab, Notebook, VS Code and Colab.
+
+    Parameters
+    ----------
+    save_to : str or Path
+        The factor file that the save button writes, as shown beside it; it can be changed there.
+    editor : bool
+        False leaves out the drawn editor, for front ends that load no custom widgets; sliders, buttons and the table
+        of curves are built-in widgets and always there.
+    """
+    last = playground.lm.num_layers - 1
+    low, high = playground.bounds
+    sliders = [
+        (
+            ipywidgets.IntSlider(min=playground.first_layer, max=last, description=f"P{k + 1} layer"),
+            ipywidgets.FloatSlider(min=low, max=high, step=playground.step, description=f"P{k + 1} factor"),
+        )
+        for k in range(4)
+    ]
+    preset = ipywidgets.Dropdown(options=["", *playground.presets], description="preset")
+    scheme = ipywidgets.Dropdown(options=SCHEMES, description="scheme")
+    pairs = ipywidgets.BoundedIntText(playground.n_pairs, min=3, max=300, description="pairs")
+    contexts = ipywidgets.BoundedIntText(playground.n_contexts, min=1, max=1000, description="contexts")
+    file = ipywidgets.Text(str(save_to), description="file")
+    buttons = {
+        name: ipywidgets.Button(description=name) for name in ("Measure", "Stop", "Undo", "Redo", "Save factors")
+    }
+    status, table = ipywidgets.HTML(), ipywidgets.HTML()
+    drawn = _Editor(playground) if editor else None
+    showing = threading.Lock()  # updates come from the measuring thread too
+
+    def update() -> None:
+        with showing:
+            for k, (layer, value) in enumerate(sliders):
+                layer.value, value.value = int(playground.curve.layers[k]), playground.curve.values[k]
+            scheme.value = playground.scheme
+            buttons["Undo"].disabled, buttons["Redo"].disabled = not playground.can_undo, not playground.can_redo
+            buttons["Stop"].disabled = not playground.busy
+            status.value = f'<span role="status">{html.escape(playground.status)}</span>'
+            table.value = _table(playground)
+            if drawn is not None:
+                drawn.update()
+
+    def guarded(act: Callable[[], None]) -> Callable[[Any], None]:
+        def click(_: Any) -> None:
+            try:
+                act()
+            except (OSError, ValueError) as error:
+                playground.say(f"{type(error).__name__}: {error}")
+
+        return click
+
+    def save() -> None:
+        playground.save(file.value)
+        playground.say(f"saved {file.value}")
+
+    def slide(k: int) -> None:
+        moved = sliders[k][0].value, sliders[k][1].value
+        if moved != (playground.curve.layers[k], playground.curve.values[k]):  # else set by `update`
+            playground.move(k, *moved)
+
+    def choose() -> None:
+        if preset.value:
+            playground.use(playground.presets[preset.value])
+            preset.value = ""
+
+    for k, pair in enumerate(sliders):
+        for slider in pair:
+            slider.observe(guarded(partial(slide, k)), "value")
+    scheme.observe(guarded(lambda: playground.set_scheme(scheme.value)), "value")
+    preset.observe(guarded(choose), "value")
+    for size in (pairs, contexts):
+        size.observe(guarded(lambda: playground.set_size(pairs.value, contexts.value)), "value")
+    actions = (playground.measure, playground.stop, playground.undo, playground.redo, save)
+    for button, act in zip(buttons.values(), actions, strict=True):
+        button.on_click(guarded(act))
+    playground.subscribe(update)
+    update()
+    rows = [ipywidgets.HBox(pair) for pair in sliders]
+    controls = [ipywidgets.HBox([preset, scheme]), ipywidgets.HBox([pairs, contexts]), ipywidgets.HBox([file])]
+    rows = [*rows, *controls, ipywidgets.HBox(list(buttons.values())), status, table]
+    return ipywidgets.VBox([*([] if drawn is None else [drawn]), *rows])
+
+
+def _curves(playground: Playground) -> list[dict[str, Any]]:
+    """What is drawn: baseline, best, current and prediction, as far as known."""
+    current, curves = playground.scaling.key, []
+    known = {"baseline": playground.measured.get(playground.unscaled.key), "best": playground.best}
+    known["current"] = playground.measured.get(current)
+    n_contexts, depths = len(playground.suite.probes), playground.suite.depths.round(4).tolist()
+    for kind, measured in known.items():
+        if measured is not None and measured.exact:
+            name = {"baseline": "no scaling", "best": "best so far", "current": "this curve"}[kind]
+            mean, least, most = (np.round(part, 4).tolist() for part in measured.accuracy)
+            about = {
+                "kind": kind,
+                "name": f"{name}, {len(measured.exact)} of {n_contexts} contexts: {measured.mean:.3f}",
+            }
+            band = {"low": least, "high": most} if len(measured.exact) > 1 else {}
+            curves.append(about | {"depths": depths, "mean": mean} | band)
+    predicted = playground.prediction()
+    if predicted is not None and playground.surrogate is not None:
+        off = f"{playground.surrogate.error:.3f}, of the mean {playground.surrogate.error_of_mean:.3f}"
+        name = f"prediction: {predicted.mean():.3f} (leave-one-out error a depth {off})"
+        curves.append({"kind": "prediction", "name": name, "depths": depths, "mean": predicted.round(4).tolist()})
+    return curves
+
+
+def _table(playground: Playground) -> str:
+    """The curves in words and numbers, for who can't see them."""
+    rows = ""
+    for curve in _curves(playground):
+        at = np.linspace(0, len(curve["depths"]) - 1, 5).round().astype(int)
+        cells = "".join(f"<td>{curve['mean'][i]:.2f}</td>" for i in at)
+        rows += f"<tr><th style='text-align: left'>{html.escape(curve['name'])}</th>{cells}</tr>"
+    head = "".join(f"<th>{depth:g}</th>" for depth in (0, 0.25, 0.5, 0.75, 1))
+    return f"<table><tr><th style='text-align: left'>exact answers at depth</th>{head}</tr>{rows}</table>"
+
+
+class _Editor(anywidget.AnyWidget):
+    """The part that the browser draws."""
+
+    _esm = Path(__file__).parent / "playground.js"
+    _css = """
+    .lrs-playground { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start }
+    .lrs-playground { color: var(--jp-ui-font-color1, #222) }
+    .lrs-panel { flex: 1 1 420px; max-width: 640px; touch-action: none; font: 12px sans-serif }
+    .lrs-panel text { fill: currentColor } .lrs-result text { fill: inherit }
+    .lrs-axes path { stroke: currentColor; fill: none } .lrs-bars rect { fill: #56b4e9; opacity: 0.45 }
+    .lrs-one { stroke: #949494; stroke-width: 1 } .lrs-curve { stroke: #0173b2; stroke-width: 2.2; fill: none }
+    .lrs-polygon { stroke: #949494; stroke-dasharray: 3 3; fill: none }
+    .lrs-handle { fill: #de8f05; stroke: white; stroke-width: 1.5; cursor: grab }
+    .lrs-handle:focus { outline: none; stroke: #222; stroke-width: 3 }
+    """
+    config = traitlets.Dict().tag(sync=True)
+    points: Any = traitlets.List().tag(sync=True)
+    dragging = traitlets.Bool(False).tag(sync=True)
+    state = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, playground: Playground) -> None:
+        self._playground = playground
+        low, high = playground.bounds
+        grid = {"layers": playground.lm.num_layers, "first": playground.first_layer, "step": playground.step}
+        super().__init__(config=grid | {"low": low, "high": high}, **self._now())
+        self.observe(self._moved, "points")
+        self.observe(lambda change: playground.drag(change["new"]), "dragging")
+
+    def update(self) -> None:
+        """Send what has changed."""
+        for name, value in self._now().items():
+            setattr(self, name, value)
+
+    def _now(self) -> dict[str, Any]:
+        playground = self._playground
+        points = [list(point) for point in zip(playground.curve.layers, playground.curve.values, strict=True)]
+        state = {"points": points, "factors": list(playground.scaling.factors), "scheme": playground.scheme}
+        return {"points": points, "state": state | {"curves": _curves(playground)}}
+
+    def _moved(self, change: Any) -> None:
+        layers, values = zip(*change["new"], strict=True)
+        self._playground.use(BezierCurve(layers, values))
+
+
+class _Stopped(Exception):
+    """Raised inside the model to cancel a measurement."""
+
+
+class _Unseen(Progress):
+    """Progress that the status line shows instead."""
+
+    @contextmanager
+    def entered(self) -> Iterator[Progress]:
+        yield self
+
+    def advance(self, units: int, note: str | None = None) -> None:
+        pass
+
+
+@contextmanager
+def _stoppable(lm: LM, stop: threading.Event) -> Iterator[None]:
+    """Let a measurement of this thread end before the next layer once `stop` is set: a context may take seconds."""
+    own = threading.get_ident()
+
+    def check(*_: object) -> None:
+        if stop.is_set() and threading.get_ident() == own:
+            raise _Stopped
+
+    handles = [layer.register_forward_pre_hook(check) for layer in reachable_decoder(lm.model).layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,256 @@
+import json
+import shutil
+import subprocess
+import threading
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+from scipy.interpolate import RBFInterpolator
+
+from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, models, score, tasks
+from lrs_utils.playground import Playground, Surrogate, _curves, show
+
+SCRIPT = models.Path(__file__).parent.parent / "lrs_utils" / "playground.js"
+CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Eight tiny layers: four control points need room."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._TINY, "tiny-deep", ("llama", {"num_hidden_layers": 8}))
+        return load_lm("tiny-deep", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def play(deep, tmp_path):
+    made = Playground(
+        deep, partial(tasks.kv_retrieval, keys="short"), 4, 5, ledger=tmp_path / "ledger.sqlite",
+        bounds=(0.7, 1.3), step=0.05,
+    )  # fmt: skip
+    yield made
+    made.stop()
+
+
+def slowed(lm, seconds):
+    """Let the last layer take its time."""
+    return lm.model.model.layers[-1].register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+
+def test_a_point_snaps_to_the_grid_and_stays_between_its_neighbours_and_in_bounds(play):
+    play.drag(True)
+    assert play.curve == BezierCurve((0, 2, 5, 7), (1.0,) * 4)
+    play.move(1, 3.4, 1.137)
+    assert (play.curve.layers[1], play.curve.values[1]) == (3, 1.15)
+    play.move(1, 6.9, 9)
+    assert (play.curve.layers[1], play.curve.values[1]) == (4, 1.3)
+    play.move(0, -3, 0)
+    assert (play.curve.layers[0], play.curve.values[0]) == (0, 0.7)
+    play.move(3, 2, 1)
+    assert play.curve.layers[3] == 6
+    assert all(a < b for a, b in zip(play.curve.layers, play.curve.layers[1:], strict=False))
+
+
+def test_a_released_drag_is_measured_context_by_context_into_the_ledger(play, deep):
+    seen = []
+    play.subscribe(lambda: seen.append(len(known.exact) if (known := play.measured.get(play.scaling.key)) else 0))
+    play.drag(True)
+    play.use(CURVE)
+    time.sleep(0.5)
+    assert not play.measured
+    play.drag(False)
+    play.wait()
+    assert set(range(1, 6)) <= set(seen)
+    with Ledger(play._ledger) as ledger:
+        direct = score(deep, play.suite, [play.scaling, play.unscaled], ledger=ledger)
+    assert direct.recomputed == 0
+    for known, exact in zip((play.scaling, play.unscaled), direct.exact, strict=True):
+        np.testing.assert_array_equal([play.measured[known.key].exact[p] for p in range(5)], exact)
+    assert "measured on 5 contexts" in play.status
+
+
+def test_a_new_change_cancels_the_running_measurement_at_the_next_layer(play, deep):
+    handle = slowed(deep, 0.4)
+    try:
+        play.use(CURVE)
+        time.sleep(0.35)  # settled, and inside the first context
+        first = play._thread
+        began = time.monotonic()
+        play.move(0, 0, 0.9)
+        first.join()
+        assert time.monotonic() - began < 0.9
+        assert LayerScaling(CURVE.factors(8, 0, 0.05, (0.7, 1.3))).key not in play.measured
+    finally:
+        handle.remove()
+    play.wait()
+    assert len(play.measured[play.scaling.key].exact) == 5
+
+
+def test_many_changes_in_a_row_are_one_measurement_and_one_step_to_undo(play):
+    for value in (0.8, 0.85, 0.9, 0.95):
+        play.move(2, 5, value)
+    play.wait()
+    assert len(play.measured) == 2  # the last curve, and no scaling
+    play.undo()
+    assert play.curve.values == (1.0,) * 4
+    assert not play.can_undo
+    play.redo()
+    assert play.curve.values == (1.0, 1.0, 0.95, 1.0)
+    assert not play.can_redo
+    play.undo()
+    play.use(CURVE)
+    play.wait()
+    assert not play.can_redo, "a new change forgets what was undone"
+
+
+def test_stop_frees_the_model_and_keeps_what_was_measured(play, deep):
+    handle = slowed(deep, 0.3)
+    play.use(CURVE)
+    time.sleep(0.8)
+    play.stop()
+    handle.remove()
+    assert not any(thread.name == play._thread.name for thread in threading.enumerate())
+    assert "stopped" in play.status
+    assert deep.model.config._attn_implementation != "lrs_packed"
+    assert not any(layer._forward_pre_hooks for layer in deep.model.model.layers)
+    kept = len(play.measured.get(play.scaling.key).exact) if play.scaling.key in play.measured else 0
+    play.measure()
+    play.wait()
+    assert kept < len(play.measured[play.scaling.key].exact) == 5
+
+
+def test_an_error_in_the_background_is_shown(play, deep):
+    def broken(*_):
+        raise RuntimeError("no such luck")
+
+    handle = deep.model.model.layers[2].register_forward_pre_hook(broken)
+    play.use(CURVE)
+    play.wait()
+    handle.remove()
+    assert play.status == "RuntimeError: no such luck"
+
+
+def test_what_the_ledger_knows_is_there_at_once_and_feeds_the_prediction(deep, tmp_path):
+    suite = tasks.kv_retrieval(4, 5, keys="short")
+    chance = np.random.default_rng(0)
+    scalings = [LayerScaling(chance.choice([0.7, 0.85, 1.0, 1.15, 1.3], 8)) for _ in range(12)]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        score(deep, suite, scalings, ledger=ledger)
+    play = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 5, ledger=tmp_path / "ledger.sqlite")
+    assert len(play.measured) == 12
+    assert play.best.mean == max(known.mean for known in play.measured.values())
+    predicted = play.prediction()
+    assert predicted.shape == (4,)
+    assert ((predicted >= 0) & (predicted <= 1)).all()
+    assert {curve["kind"] for curve in _curves(play)} == {"best", "prediction"}
+    play.set_size(3, 2)
+    assert play.measured == {}
+    assert play.prediction() is None
+    play.stop()
+
+
+def test_leave_one_out_error_is_that_of_leaving_one_out():
+    chance = np.random.default_rng(1)
+    factors = chance.uniform(0.7, 1.3, (25, 8))
+    accuracy = np.stack([factors.mean(1) - 0.5, factors[:, 0] / 2], axis=1) + chance.normal(scale=0.01, size=(25, 2))
+    fitted = Surrogate(factors, accuracy)
+    errors = []
+    for smoothing in (0.01, 0.1, 1.0, 10.0):
+        left_out = []
+        for i in range(25):
+            rest = np.arange(25) != i
+            one = RBFInterpolator(factors[rest], accuracy[rest], kernel="linear", smoothing=smoothing, degree=0)
+            left_out.append(one(factors[[i]])[0] - accuracy[i])
+        errors.append(np.sqrt(np.mean(np.square(left_out))))
+    assert fitted.error == pytest.approx(min(errors))
+    assert fitted.error < 0.8 * fitted.error_of_mean
+    alone = [accuracy[i] - np.delete(accuracy, i, axis=0).mean(axis=0) for i in range(25)]
+    assert fitted.error_of_mean == pytest.approx(np.sqrt(np.mean(np.square(alone))))
+
+
+def test_saved_factors_are_those_shown(play, tmp_path):
+    play.use(CURVE)
+    play.wait()
+    play.save(tmp_path / "mine.json")
+    assert load_factors(tmp_path / "mine.json") == play.scaling
+    content = json.loads((tmp_path / "mine.json").read_text())
+    assert BezierCurve(**content["curve"]) == CURVE
+    assert content["measured"]["contexts"] == 5
+
+
+def test_a_model_with_too_few_layers_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match="tiny-llama has 2 layers to scale"):
+        Playground(tiny, tasks.kv_retrieval, 4, 5, ledger=tmp_path / "ledger.sqlite")
+
+
+def parts(widget):
+    """All widgets below one, by description."""
+    found = {getattr(widget, "description", ""): widget}
+    for child in getattr(widget, "children", ()):
+        found |= parts(child)
+    return found
+
+
+def test_sliders_move_the_curve_and_follow_it(play, tmp_path):
+    shown = show(play, save_to=tmp_path / "f.json", editor=False)
+    widgets = parts(shown)
+    widgets["P2 factor"].value = 1.2
+    assert play.curve.values[1] == 1.2
+    play.use(CURVE)
+    assert widgets["P3 layer"].value == 5
+    assert widgets["P3 factor"].value == 1.3
+    widgets["Undo"].click()
+    play.wait()
+    assert play.curve.values == (1.0, 1.2, 1.0, 1.0)
+    widgets["preset"].value = "uniform"
+    assert set(play.scaling.factors) == {0.7}
+    widgets["scheme"].value = "ntk"
+    assert play.scaling.scheme == "ntk"
+    widgets["Save factors"].click()
+    assert load_factors(tmp_path / "f.json") == play.scaling
+    widgets["file"].value = str(tmp_path)
+    widgets["Save factors"].click()
+    assert "IsADirectoryError" in play.status
+    play.wait()
+
+
+def test_the_editor_and_the_playground_keep_each_other_up_to_date(play):
+    editor = show(play).children[0]
+    editor.dragging = True
+    editor.points = [[0, 0.7], [2, 1.0], [5, 1.3], [7, 1.1]]
+    assert play.curve == CURVE
+    assert editor.state["factors"] == list(play.scaling.factors)
+    assert not play.busy
+    editor.dragging = False
+    play.wait()
+    assert {curve["kind"] for curve in editor.state["curves"]} >= {"baseline", "current"}
+    play.undo()
+    assert editor.points[0] == [0, 1.0]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_browser_samples_curves_as_python_does(tmp_path):
+    chance = np.random.default_rng(0)
+    curves = []
+    for _ in range(200):
+        layers = np.sort(chance.choice(np.arange(2, 30), 4, replace=False)).tolist()
+        curves.append(list(zip(layers, np.round(chance.integers(14, 25, 4) * 0.05, 2).tolist(), strict=True)))
+    config = {"layers": 30, "first": 2, "step": 0.05, "low": 0.7, "high": 1.2}
+    program = f"""
+        import {{ factors }} from {json.dumps(SCRIPT.as_uri())};
+        console.log(JSON.stringify({json.dumps(curves)}.map((points) => factors(points, {json.dumps(config)}))));
+    """
+    (tmp_path / "program.mjs").write_text(program)
+    shutil.copy(SCRIPT, tmp_path / "playground.mjs")
+    program = program.replace(SCRIPT.as_uri(), "./playground.mjs")
+    (tmp_path / "program.mjs").write_text(program)
+    sampled = json.loads(subprocess.run(["node", tmp_path / "program.mjs"], capture_output=True, check=True).stdout)
+    different = 0
+    for points, found in zip(curves, sampled, strict=True):
+        layers, values = zip(*points, strict=True)
+        expected = BezierCurve(layers, values).factors(30, 2, 0.05, (0.7, 1.2))
+        different += sum(a != b for a, b in zip(found, expected, strict=True))
+        np.testing.assert_allclose(found, expected, atol=0.0501)  # a step, where a sample lies on a rounding edge
+    assert different <= 0.01 * 200 * 30
