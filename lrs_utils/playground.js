@@ -182,7 +182,7 @@ function render({ model, el }) {
       if (low) make("path", { d: `M${line(low).join("L")}L${line(most).reverse().join("L")}Z`, fill: COLOURS[kind], opacity: 0.18 }, g);
       make("path", { d: `M${line(mean).join("L")}`, stroke: COLOURS[kind], fill: "none", "stroke-width": kind === "current" ? 2.2 : 1.4,
         "stroke-dasharray": kind === "prediction" ? "5 4" : "none" }, g);
-      make("text", { x: LEFT + 130, y: TOP + 6 + 15 * row, fill: COLOURS[kind] }, g, name);
+      make("text", { x: LEFT + 90, y: TOP + 6 + 14 * row, fill: COLOURS[kind] }, g, name);
     });
   }
 

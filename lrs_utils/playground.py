@@ -228,7 +228,7 @@ class Playground:
                 for p, probe in enumerate(suite.probes):
                     if all(question in outcomes for question in probe.keys):
                         self._learn(key, p, np.array([outcomes[question][0] for question in probe.keys]))
-            self._fit()
+            self.surrogate = self._fitted()
         self._tell()
 
     def drag(self, begins: bool) -> None:
@@ -330,30 +330,26 @@ class Playground:
                     self._learn(scaling.key, p, outcomes.exact[0, 0])
                 left = (time.monotonic() - began) / (done + 1) * (len(todo) - done - 1)
                 self.say(f"context {p + 1} of {len(suite.probes)}, {asked} questions answered, {left:.0f} s left")
-        with self._lock:
-            self._fit()
-        known = self.measured[wanted.key]
-        self.say(
-            f"measured on {len(known.exact)} contexts: {known.mean:.3f} of {suite.depths.size} depths' answers exact"
-        )
+        surrogate, known = self._fitted(), self.measured[wanted.key]
+        if not stop.is_set():
+            self.surrogate = surrogate
+            self.say(f"measured on {len(known.exact)} contexts: {known.mean:.3f} of all answers exact")
 
     def _learn(self, key: str, p: int, exact: NDArray[np.bool_]) -> None:
         known = self.measured.get(key) or Measured(LayerScaling.from_key(key), {})
         self.measured[key] = Measured(known.scaling, dict(known.exact) | {p: exact})
 
-    def _fit(self) -> None:
-        """A new surrogate from all scalings of the paper's scheme that are known on a quarter of the contexts."""
+    def _fitted(self) -> Surrogate | None:
+        """From the latest scalings of the paper's scheme that are known on a quarter of the contexts."""
         known = [
             m for m in self.measured.values()
             if 4 * len(m.exact) >= len(self.suite.probes) and m.scaling.temperatures is None
             and m.scaling.scheme == SCHEMES[0]
-        ]  # fmt: skip
-        self.surrogate = None
-        if len(known) >= _FEWEST_SCALINGS:
-            accuracy = [np.mean(list(m.exact.values()), axis=0) for m in known[-_MOST_SCALINGS:]]
-            self.surrogate = Surrogate(
-                np.array([m.scaling.factors for m in known[-_MOST_SCALINGS:]]), np.array(accuracy)
-            )
+        ][-_MOST_SCALINGS:]  # fmt: skip
+        if len(known) < _FEWEST_SCALINGS:
+            return None
+        factors = np.array([m.scaling.factors for m in known])
+        return Surrogate(factors, np.array([np.mean(list(m.exact.values()), axis=0) for m in known]))
 
     def _commit(self) -> None:
         """The present curve is a step to come back to."""
@@ -410,9 +406,11 @@ def show(playground: Playground, *, save_to: str | Path = "playground.json", edi
     status, table = ipywidgets.HTML(), ipywidgets.HTML()
     drawn = _Editor(playground) if editor else None
     showing = threading.Lock()  # updates come from the measuring thread too
+    setter: list[int] = []  # the thread that sets widgets now: what they report in it is no one's wish
 
     def update() -> None:
         with showing:
+            setter.append(threading.get_ident())
             for k, (layer, value) in enumerate(sliders):
                 layer.value, value.value = int(playground.curve.layers[k]), playground.curve.values[k]
             scheme.value = playground.scheme
@@ -422,9 +420,12 @@ def show(playground: Playground, *, save_to: str | Path = "playground.json", edi
             table.value = _table(playground)
             if drawn is not None:
                 drawn.update()
+            setter.clear()
 
     def guarded(act: Callable[[], None]) -> Callable[[Any], None]:
         def click(_: Any) -> None:
+            if setter == [threading.get_ident()]:
+                return
             try:
                 act()
             except (OSError, ValueError) as error:
@@ -437,9 +438,7 @@ def show(playground: Playground, *, save_to: str | Path = "playground.json", edi
         playground.say(f"saved {file.value}")
 
     def slide(k: int) -> None:
-        moved = sliders[k][0].value, sliders[k][1].value
-        if moved != (playground.curve.layers[k], playground.curve.values[k]):  # else set by `update`
-            playground.move(k, *moved)
+        playground.move(k, sliders[k][0].value, sliders[k][1].value)
 
     def choose() -> None:
         if preset.value:
@@ -482,8 +481,7 @@ def _curves(playground: Playground) -> list[dict[str, Any]]:
             curves.append(about | {"depths": depths, "mean": mean} | band)
     predicted = playground.prediction()
     if predicted is not None and playground.surrogate is not None:
-        off = f"{playground.surrogate.error:.3f}, of the mean {playground.surrogate.error_of_mean:.3f}"
-        name = f"prediction: {predicted.mean():.3f} (leave-one-out error a depth {off})"
+        name = f"prediction: {predicted.mean():.3f}, off by {playground.surrogate.error:.2f} a depth (leave-one-out)"
         curves.append({"kind": "prediction", "name": name, "depths": depths, "mean": predicted.round(4).tolist()})
     return curves
 
@@ -496,7 +494,7 @@ def _table(playground: Playground) -> str:
         cells = "".join(f"<td>{curve['mean'][i]:.2f}</td>" for i in at)
         rows += f"<tr><th style='text-align: left'>{html.escape(curve['name'])}</th>{cells}</tr>"
     head = "".join(f"<th>{depth:g}</th>" for depth in (0, 0.25, 0.5, 0.75, 1))
-    return f"<table><tr><th style='text-align: left'>exact answers at depth</th>{head}</tr>{rows}</table>"
+    return f"<table><tr><th style='text-align: left'>exact answers (mean; at depth)</th>{head}</tr>{rows}</table>"
 
 
 class _Editor(anywidget.AnyWidget):
@@ -507,7 +505,7 @@ class _Editor(anywidget.AnyWidget):
     .lrs-playground { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start }
     .lrs-playground { color: var(--jp-ui-font-color1, #222) }
     .lrs-panel { flex: 1 1 420px; max-width: 640px; touch-action: none; font: 12px sans-serif }
-    .lrs-panel text { fill: currentColor } .lrs-result text { fill: inherit }
+    .lrs-axes text { fill: currentColor }
     .lrs-axes path { stroke: currentColor; fill: none } .lrs-bars rect { fill: #56b4e9; opacity: 0.45 }
     .lrs-one { stroke: #949494; stroke-width: 1 } .lrs-curve { stroke: #0173b2; stroke-width: 2.2; fill: none }
     .lrs-polygon { stroke: #949494; stroke-dasharray: 3 3; fill: none }
@@ -521,6 +519,7 @@ class _Editor(anywidget.AnyWidget):
 
     def __init__(self, playground: Playground) -> None:
         self._playground = playground
+        self._setter: int | None = None
         low, high = playground.bounds
         grid = {"layers": playground.lm.num_layers, "first": playground.first_layer, "step": playground.step}
         super().__init__(config=grid | {"low": low, "high": high}, **self._now())
@@ -529,8 +528,10 @@ class _Editor(anywidget.AnyWidget):
 
     def update(self) -> None:
         """Send what has changed."""
+        self._setter = threading.get_ident()
         for name, value in self._now().items():
             setattr(self, name, value)
+        self._setter = None
 
     def _now(self) -> dict[str, Any]:
         playground = self._playground
@@ -539,6 +540,8 @@ class _Editor(anywidget.AnyWidget):
         return {"points": points, "state": state | {"curves": _curves(playground)}}
 
     def _moved(self, change: Any) -> None:
+        if self._setter == threading.get_ident():  # set by `update`, not by the browser
+            return
         layers, values = zip(*change["new"], strict=True)
         self._playground.use(BezierCurve(layers, values))
 

@@ -12,6 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
+from lrs_utils.bezier import BezierCurve
 from lrs_utils.metrics import Interval
 from lrs_utils.search import SearchResult
 
@@ -147,6 +148,20 @@ def factors(scalings: Mapping[str, Sequence[float]], *, ax: Axes | None = None) 
         ax.step(np.arange(len(values)), values, where="mid", color=colour, label=name)
     ax.set(xlabel="layer", ylabel="factor")
     ax.legend(frameon=False)
+    return _figure(ax)
+
+
+def bezier(curve: BezierCurve, factors: Sequence[float], *, ax: Axes | None = None) -> Figure:
+    """A curve over depth with its control points, and the rounded factors that layers get from it, as bars from 1."""
+    ax = ax or plt.subplots()[1]
+    layers = np.arange(len(factors))
+    ax.bar(layers, np.asarray(factors) - 1, bottom=1, color=_COLOURS[9], alpha=0.45, width=0.8)
+    ax.axhline(1.0, color="0.6", linewidth=0.8)
+    ax.plot(curve.layers, curve.values, color="0.6", linestyle=":", linewidth=1)
+    fine = np.linspace(0, len(factors) - 1, 200)
+    ax.plot(fine, curve(fine), color=_COLOURS[0])
+    ax.scatter(curve.layers, curve.values, color=_COLOURS[1], zorder=3)
+    ax.set(xlabel="layer", ylabel="factor")
     return _figure(ax)
 
 

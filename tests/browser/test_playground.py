@@ -1,0 +1,258 @@
+"""The playground in a real browser: Chromium, a real JupyterLab, the notebook as it is committed, the real model.
+
+Screenshots and times are left in build/browser. Skipped where there is no Chromium, except in CI.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
+from lrs_utils.models import cache_folder
+
+ROOT = Path(__file__).parent.parent.parent
+KEPT = ROOT / "build" / "browser"
+NOTEBOOK = "05_bezier_playground.ipynb"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NO_NEWS = '{"fetchNews": "false", "checkForUpdates": false}'
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab over a folder with the notebook at smoke, and a ledger that knows a dozen scalings."""
+    home = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.read(ROOT / "notebooks" / NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = cell.source.replace('profile: str = "cpu"', 'profile: str = "smoke"')
+            cell.source = re.sub(r"n_contexts: .*", "n_contexts: Optional[int] = 6  # to see them arrive", cell.source)
+        cell.get("outputs", []).clear()
+    (home / "work").mkdir()
+    nbformat.write(notebook, home / "work" / NOTEBOOK)
+    (home / "cache").mkdir()
+    os.symlink(cache_folder() / "smollm2-135m", home / "cache" / "smollm2-135m")
+    chance = np.random.default_rng(0)
+    curves = [BezierCurve((0, 10, 20, 29), chance.integers(14, 25, 4) * 0.05) for _ in range(12)]
+    scalings = [LayerScaling(curve.factors(30, 0, 0.05, (0.7, 1.2))) for curve in curves]
+    with Ledger(home / "cache" / "ledger.sqlite") as ledger:
+        score(load_lm(), tasks.kv_retrieval(8, 6, seed=0, keys="short"), scalings, ledger=ledger)
+    settings = home / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(NO_NEWS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = {"JUPYTERLAB_SETTINGS_DIR": settings.parent.parent, "JUPYTER_CONFIG_DIR": home / "config"}
+    folders |= {"JUPYTERLAB_WORKSPACES_DIR": home / "workspaces", "LRS_CACHE": home / "cache"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--IdentityProvider.token=t", f"--ServerApp.root_dir={home / 'work'}"]
+    with (home / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            command, env=os.environ | {k: str(v) for k, v in folders.items()}, stdout=log, stderr=log
+        )
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=t", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        else:
+            pytest.fail((home / "lab.log").read_text())
+        yield f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK}?token=t", home / "work"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1300, "height": 1150})
+        page.set_default_timeout(30_000)
+        page.goto(lab[0])
+        try:
+            page.locator(".jp-Notebook .jp-CodeCell").first.click()
+            expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+            expect(page.get_by_text("in build/smoke").last).to_be_attached(timeout=180_000)
+        finally:
+            page.screenshot(path=KEPT / "opened.png")
+        page.locator(".lrs-playground").scroll_into_view_if_needed()
+        yield page
+        page.screenshot(path=KEPT / "last.png")
+        browser.close()
+
+
+def factors(page: Page) -> list[float]:
+    return page.eval_on_selector_all(".lrs-bars rect", "bars => bars.map(bar => Number(bar.dataset.factor))")
+
+
+def curve_of(page: Page) -> BezierCurve:
+    texts = page.eval_on_selector_all(".lrs-handle", "all => all.map(one => one.getAttribute('aria-valuetext'))")
+    points = [re.fullmatch(r"layer ([\d.]+), factor ([\d.]+)", text).groups() for text in texts]
+    return BezierCurve(*np.array(points, float).T)
+
+
+def centre(page: Page, point: int) -> tuple[float, float]:
+    box = page.locator(".lrs-handle").nth(point).bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def expect_status(page: Page, text: str) -> None:
+    expect(page.locator("span[role=status]")).to_contain_text(text, timeout=30_000)
+
+
+def note(name: str, milliseconds: float) -> None:
+    """Times are kept and printed, never asserted: machines differ."""
+    file = KEPT / "times.json"
+    times = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(times | {name: round(milliseconds)}, indent=1))
+    print(f"{name}: {milliseconds:.0f} ms")
+
+
+def since(began: float) -> float:
+    return 1000 * (time.perf_counter() - began)
+
+
+class Film:
+    """Pictures of the playground, to be seen one after the other."""
+
+    def __init__(self, page: Page) -> None:
+        self._page, self._frames = page, []
+
+    def take(self) -> None:
+        picture = self._page.locator(".lrs-playground").screenshot()
+        self._frames.append(Image.open(io.BytesIO(picture)).convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+
+    def save(self, path: Path) -> None:
+        first, *rest = self._frames
+        first.save(path, save_all=True, append_images=rest, duration=[250] * len(rest) + [2500], loop=0, optimize=True)
+
+
+def test_a_drag_moves_factors_and_prediction_at_once_and_measures_when_let_go(page):
+    film = Film(page)
+    page.screenshot(path=KEPT / "1-before.png")
+    film.take()
+    before, (x, y) = factors(page), centre(page, 2)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    began = time.perf_counter()
+    page.mouse.move(x, y - 20)
+    assert factors(page) != before
+    page.wait_for_selector('.lrs-prediction[opacity="1"]')
+    note("a move to its prediction", since(began))
+    for step in range(10):
+        page.mouse.move(x - 4 * step, y - 20 + 12 * step)
+        film.take()
+    assert page.locator(".lrs-current").count() == 0
+    page.wait_for_selector('.lrs-prediction[opacity="1"]')
+    page.screenshot(path=KEPT / "2-during.png")
+    shown = curve_of(page)
+    assert factors(page) == list(shown.factors(30, 0, 0.05, (0.7, 1.2)))
+    page.mouse.up()
+    began = time.perf_counter()
+    page.wait_for_selector('.lrs-current[opacity="1"]')
+    note("letting go to the first measured context, 8 short pairs", since(began))
+    while "measured on 6 contexts" not in page.locator("span[role=status]").inner_text() and since(began) < 60_000:
+        film.take()
+    expect(page.locator(".lrs-current text")).to_contain_text("6 of 6 contexts")
+    page.screenshot(path=KEPT / "3-after.png")
+    film.take()
+    film.save(KEPT / "drag.gif")
+    assert curve_of(page) == shown
+
+
+def test_arrow_keys_move_the_focused_point(page):
+    page.locator(".lrs-handle").nth(1).focus()
+    before = curve_of(page)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    after = curve_of(page)
+    assert after.values[1] == pytest.approx(before.values[1] - 0.05)
+    assert after.layers[1] == before.layers[1] + 1
+    expect_status(page, "measured on 6 contexts")
+
+
+def test_a_slider_moves_the_curve_and_a_drag_moves_the_slider(page):
+    slider = page.locator(".widget-slider", has_text="P1 factor")
+    before = curve_of(page)
+    slider.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".lrs-handle").nth(0)).not_to_have_attribute("aria-valuenow", str(before.values[0]))
+    moved = curve_of(page).values[0]
+    assert float(slider.locator(".widget-readout").inner_text()) == pytest.approx(moved)
+    x, y = centre(page, 0)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y + 60, steps=5)
+    page.mouse.up()
+    dragged = curve_of(page).values[0]
+    assert dragged < moved
+    expect(slider.locator(".widget-readout")).to_have_text(f"{dragged:.2f}")
+
+
+def test_undo_and_redo(page):
+    expect_status(page, "measured on 6 contexts")
+    now = curve_of(page)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function("now => document.querySelectorAll('.lrs-handle')[0].getAttribute('aria-valuenow') != now",
+                           arg=str(now.values[0]))  # fmt: skip
+    page.get_by_role("button", name="Redo").click()
+    expect(page.locator(".lrs-handle").nth(0)).to_have_attribute("aria-valuenow", str(now.values[0]))
+    assert curve_of(page) == now
+
+
+def test_saved_factors_are_those_shown(page, lab):
+    shown = factors(page)
+    page.get_by_role("button", name="Save factors").click()
+    expect_status(page, "saved my-factors.json")
+    assert list(load_factors(lab[1] / "my-factors.json").factors) == shown
+
+
+def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
+    page.locator(".jp-Notebook .jp-CodeCell").last.click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.keyboard.press("Enter")
+    page.keyboard.type("import time; time.sleep(6); print('kernel', 'free')")
+    page.keyboard.press("Shift+Enter")
+    page.locator(".lrs-playground").scroll_into_view_if_needed()
+    page.evaluate("""() => {
+        window.paints = [];
+        document.addEventListener("pointermove", (event) => requestAnimationFrame(() =>
+            setTimeout(() => window.paints.push(performance.now() - event.timeStamp))), true);
+    }""")
+    x, y = centre(page, 1)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(40):
+        before = factors(page)
+        page.mouse.move(x, y + 2 * step)
+    assert factors(page) != before or curve_of(page).values[1] == 0.7
+    page.mouse.up()
+    assert page.get_by_text("kernel free").count() == 0, "the kernel was busy all along"
+    paints = page.evaluate("window.paints")
+    note("input to paint while the kernel is busy, median", float(np.median(paints)))
+    note("input to paint while the kernel is busy, 95th percentile", float(np.quantile(paints, 0.95)))
+    expect(page.get_by_text("kernel free")).to_be_visible()
+    expect_status(page, "measured on 6 contexts")
