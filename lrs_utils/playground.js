@@ -44,19 +44,19 @@ function panel(el, label) {
 }
 
 /** Axes with ticks; returns the two scales, each with its inverse. */
-function axes(svg, [x0, x1], [y0, y1], xTicks, yTicks, xLabel, yLabel) {
+function axes(svg, [x0, x1], [y0, y1], xTicks, yTicks, xLabel, yLabel, above = TOP) {
   const scale = (a, b, from, to) => {
     const f = (v) => from + ((v - a) / (b - a)) * (to - from);
     f.back = (pixel) => a + ((pixel - from) / (to - from)) * (b - a);
     return f;
   };
-  const x = scale(x0, x1, LEFT, WIDTH - RIGHT), y = scale(y0, y1, HEIGHT - BOTTOM, TOP);
+  const x = scale(x0, x1, LEFT, WIDTH - RIGHT), y = scale(y0, y1, HEIGHT - BOTTOM, above);
   const g = make("g", { class: "lrs-axes", "aria-hidden": "true" }, svg);
-  make("path", { d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}` }, g);
+  make("path", { d: `M${LEFT} ${above}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}` }, g);
   for (const tick of xTicks) make("text", { x: x(tick), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, g, tick);
   for (const tick of yTicks) make("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, g, tick);
   make("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, g, xLabel);
-  const middle = (TOP + HEIGHT - BOTTOM) / 2;
+  const middle = (above + HEIGHT - BOTTOM) / 2;
   make("text", { transform: `translate(13 ${middle}) rotate(-90)`, "text-anchor": "middle" }, g, yLabel);
   return [x, y];
 }
@@ -174,7 +174,7 @@ function render({ model, el }) {
     results = make("g", {}, curves);
     const high = Math.min(1, Math.ceil(top() * 10) / 10), ticks = [0, 0.25, 0.5, 0.75, 1].map((v) => Number((v * high).toFixed(3)));
     const [u, v] = axes(results, [-0.02, 1.02], [0, high], [0, 0.25, 0.5, 0.75, 1], ticks,
-      "depth of the answer (0 begin, 1 end)", "exact answers");
+      "depth of the answer (0 begin, 1 end)", "exact answers", TOP + 14 * 4); // names above
     known.forEach(({ name, kind, depths, mean, low, high: most }, row) => {
       const late = (kind === "current" || kind === "prediction") && !same(of, points); // of the curve before this move
       const g = make("g", { class: `lrs-result lrs-${kind}`, "data-kind": kind, opacity: late ? 0.25 : 1 }, results);
@@ -182,7 +182,7 @@ function render({ model, el }) {
       if (low) make("path", { d: `M${line(low).join("L")}L${line(most).reverse().join("L")}Z`, fill: COLOURS[kind], opacity: 0.18 }, g);
       make("path", { d: `M${line(mean).join("L")}`, stroke: COLOURS[kind], fill: "none", "stroke-width": kind === "current" ? 2.2 : 1.4,
         "stroke-dasharray": kind === "prediction" ? "5 4" : "none" }, g);
-      make("text", { x: LEFT + 90, y: TOP + 6 + 14 * row, fill: COLOURS[kind] }, g, name);
+      make("text", { x: LEFT + 8, y: TOP + 2 + 14 * row, fill: COLOURS[kind] }, g, name);
     });
   }
 
