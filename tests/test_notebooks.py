@@ -92,7 +92,8 @@ def test_the_set_up_cell_installs_the_project_on_colab(clean_cache, tmp_path):
     ]
     parameters, set_up = (cell.replace('"cpu"', '"smoke"') for cell in code[:2])
     script = clone / "notebooks" / "set_up.ipy"
-    script.write_text(f"import google.colab\n{parameters}\n{set_up}\nimport lrs_utils\nprint(Path(lrs_utils.__file__).resolve())\n")
+    look = "import lrs_utils\nprint(Path(lrs_utils.__file__).resolve())"
+    script.write_text(f"import google.colab\n{parameters}\n{set_up}\n{look}\n")
     command = [tmp_path / "venv" / "bin" / "python", "-m", "IPython", "--no-banner", script.name]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True, check=False)
