@@ -138,6 +138,7 @@ function render({ model, el }) {
 
   handles.forEach((handle, i) => {
     handle.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0) return;
       handle.setPointerCapture(event.pointerId);
       handle.focus();
       dragged = i;
@@ -149,12 +150,11 @@ function render({ model, el }) {
       const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(editor.getScreenCTM().inverse());
       move(i, x.back(at.x), y.back(at.y));
     });
-    for (const end of ["pointerup", "pointercancel"])
-      handle.addEventListener(end, () => {
-        if (dragged !== i) return;
-        dragged = null;
-        drag(false);
-      });
+    handle.addEventListener("lostpointercapture", () => { // however it ends
+      if (dragged !== i) return;
+      dragged = null;
+      drag(false);
+    });
     handle.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, config.step], ArrowDown: [0, -config.step] };
       if (!(event.key in step)) return;
@@ -182,7 +182,9 @@ function render({ model, el }) {
       if (low) make("path", { d: `M${line(low).join("L")}L${line(most).reverse().join("L")}Z`, fill: COLOURS[kind], opacity: 0.18 }, g);
       make("path", { d: `M${line(mean).join("L")}`, stroke: COLOURS[kind], fill: "none", "stroke-width": kind === "current" ? 2.2 : 1.4,
         "stroke-dasharray": kind === "prediction" ? "5 4" : "none" }, g);
-      make("text", { x: LEFT + 8, y: TOP + 2 + 14 * row, fill: COLOURS[kind] }, g, name);
+      make("text", { x: LEFT + 30, y: TOP + 2 + 14 * row }, g, name);
+      make("path", { d: `M${LEFT + 4} ${TOP - 2 + 14 * row}h20`, stroke: COLOURS[kind], "stroke-width": 2,
+        "stroke-dasharray": kind === "prediction" ? "5 4" : "none" }, g);
     });
   }
 
@@ -202,11 +204,18 @@ function render({ model, el }) {
       await navigator.clipboard.writeText(text);
       copy.textContent = "Copied";
     } catch {
-      window.prompt("copy this", text); // no clipboard on plain http
+      copy.textContent = "No clipboard here: copy it from below";
     }
-    setTimeout(() => (copy.textContent = "Copy as Python"), 1500);
+    setTimeout(() => (copy.textContent = "Copy as Python"), 2500);
   });
   el.append(copy);
+  const status = document.createElement("p"); // stays, so that its changes are read out
+  status.setAttribute("role", "status");
+  el.append(status);
+  const say = () => (status.textContent = model.get("state").status ?? "");
+  model.on("change:state", say);
+  if (model.get("dragging")) drag(false); // the page was left in the middle of a drag
+  say();
   draw();
 }
 

@@ -8,12 +8,14 @@ the background, context by context, and filed in the ledger.
 import html
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anywidget
 import ipywidgets
@@ -31,6 +33,9 @@ from lrs_utils.rope import SCHEMES
 from lrs_utils.scaling import LayerScaling, reachable_decoder, save_factors
 from lrs_utils.scoring import Kept, score
 from lrs_utils.tasks import Suite
+
+_model_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()  # one measures at a time
+_latest: WeakKeyDictionary[Any, "weakref.ref[Playground]"] = WeakKeyDictionary()  # of each model
 
 _SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of a drag settles at once
 _FEWEST_SCALINGS, _MOST_SCALINGS = 8, 150  # that a prediction is made from
@@ -97,6 +102,32 @@ class Surrogate:
         return float(np.sqrt(np.mean((predicted - self._accuracy) ** 2)))
 
 
+def _fitted(measured: Mapping[str, Measured], suite: Suite) -> Surrogate | None:
+    """From the latest scalings of the paper's scheme that are known on a quarter of the contexts."""
+    known = [
+        m for m in measured.values()
+        if 4 * len(m.exact) >= len(suite.probes) and m.scaling.temperatures is None and m.scaling.scheme == SCHEMES[0]
+    ][-_MOST_SCALINGS:]  # fmt: skip
+    if len(known) < _FEWEST_SCALINGS:
+        return None
+    factors = np.array([m.scaling.factors for m in known])
+    return Surrogate(factors, np.array([np.mean(list(m.exact.values()), axis=0) for m in known]))
+
+
+def explained(error: BaseException) -> str:
+    """An error in a line, with what was noted to it."""
+    return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+
+
+class _Measurement:
+    """One run of the measuring thread; at first one that is over."""
+
+    def __init__(self) -> None:
+        self.stop, self.over = threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None
+        self.over.set()
+
+
 class Playground:
     """A curve under the user's hands, and what is known of the scaling that it stands for.
 
@@ -146,16 +177,19 @@ class Playground:
             "uniform": self._flat(strongest),
             "decreasing, as in the paper": BezierCurve(self._spread, (ends[1], ends[1], 1.0, 1.0)),
         } | dict(presets or {})
-        self.curve, self.scheme, self.status = self._flat(1.0), SCHEMES[0], "drag a point"
+        self.curve, self.scheme, self.status = self._flat(1.0), SCHEMES[0], ""
         self.surrogate: Surrogate | None = None
         self.measured: dict[str, Measured] = {}  # by scaling key, on the suite as it is
         self._past, self._future = [(self.curve, self.scheme)], list[tuple[BezierCurve, str]]()
-        self._listeners: list[Callable[[], None]] = []
-        self._lock, self._model_in_use = threading.RLock(), threading.Lock()
-        self._dragged = False
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._listeners: list[Callable[[bool], None]] = []
+        self._lock = threading.RLock()  # of what follows; never held while listeners are told
+        self._dragged, self._running = False, _Measurement()
         self._kept = Kept()
+        self._model_in_use = _model_locks.setdefault(lm.model, threading.Lock())
+        earlier = _latest[lm.model]() if lm.model in _latest else None
+        if earlier is not None:
+            earlier.stop()  # its cell was run again
+        _latest[lm.model] = weakref.ref(self)
         self.set_size(n_pairs, n_contexts)
 
     @property
@@ -169,16 +203,21 @@ class Playground:
         """The baseline."""
         return LayerScaling.identity(self.lm.num_layers)
 
+    def known(self) -> dict[str, Measured]:
+        """All scalings of which anything is known on the suite as it is, by key."""
+        with self._lock:
+            return dict(self.measured)
+
     @property
     def best(self) -> Measured | None:
         """Of those known on all contexts the one with the best mean accuracy."""
-        whole = [known for known in self.measured.values() if len(known.exact) == len(self.suite.probes)]
+        whole = [known for known in self.known().values() if len(known.exact) == len(self.suite.probes)]
         return max(whole, key=lambda known: known.mean, default=None)
 
     @property
     def busy(self) -> bool:
         """Whether something is measured, or about to be."""
-        return self._thread is not None and self._thread.is_alive() and not self._stop.is_set()
+        return not (self._running.over.is_set() or self._running.stop.is_set())
 
     @property
     def can_undo(self) -> bool:
@@ -190,8 +229,8 @@ class Playground:
         """Whether `redo` would change anything."""
         return bool(self._future)
 
-    def subscribe(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called after every change, also from the measuring thread."""
+    def subscribe(self, listener: Callable[[bool], None]) -> None:
+        """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
         self._listeners.append(listener)
 
     def prediction(self) -> NDArray[np.float64] | None:
@@ -220,41 +259,54 @@ class Playground:
         suite = self._make_suite(n_pairs, n_contexts)
         self.stop()
         with Ledger(self._ledger) as ledger:
-            known = ledger.known(self.lm.fingerprint, [key for probe in suite.probes for key in probe.keys])
+            found = ledger.known(self.lm.fingerprint, [key for probe in suite.probes for key in probe.keys])
+        measured: dict[str, Measured] = {}
+        for key, outcomes in found.items():
+            exact = {
+                p: np.array([outcomes[question][0] for question in probe.keys])
+                for p, probe in enumerate(suite.probes)
+                if all(question in outcomes for question in probe.keys)
+            }
+            if exact:
+                measured[key] = Measured(LayerScaling.from_key(key), exact)
+        surrogate = _fitted(measured, suite)
         with self._lock:
             self.n_pairs, self.n_contexts, self.suite = n_pairs, n_contexts, suite
-            self.measured = {key: Measured(LayerScaling.from_key(key), {}) for key in known}
-            for key, outcomes in known.items():
-                for p, probe in enumerate(suite.probes):
-                    if all(question in outcomes for question in probe.keys):
-                        self._learn(key, p, np.array([outcomes[question][0] for question in probe.keys]))
-            self.surrogate = self._fitted()
-        self._tell()
+            self.measured, self.surrogate, self.status = measured, surrogate, self._standing()
+        self._tell(moved=False)
 
     def drag(self, begins: bool) -> None:
         """A drag begins: nothing is measured until it ends."""
-        self._dragged = begins
+        with self._lock:
+            self._dragged = begins
+            self._running.stop.set()
         if begins:
-            self._stop.set()
+            self._tell(moved=False)
         else:
             self.measure()
 
     def measure(self) -> None:
-        """Measure the present curve now, unless all is known."""
+        """Measure the present curve now, as far as it is not known."""
         with self._lock:
             self._commit()
             self._start(0.0)
-        self._tell()
+        self._tell(moved=False)
 
     def stop(self) -> None:
         """Cancel the running measurement and wait until the model is free; what was measured is kept."""
-        self._stop.set()
+        with self._lock:
+            self._running.stop.set()
         self.wait()
+        with self._model_in_use:  # also by one that was cancelled before
+            pass
+        self._tell(moved=False)
 
     def wait(self) -> None:
         """Until the running measurement has ended."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        with self._lock:
+            running = self._running
+        if running.thread is not None:
+            running.thread.join()
 
     def undo(self) -> None:
         """Back to the curve before the last change."""
@@ -262,18 +314,21 @@ class Playground:
             self._commit()
             if len(self._past) > 1:
                 self._future.append(self._past.pop())
-        self._change(*self._past[-1])
+            self._set(*self._past[-1])
+        self._tell(moved=True)
 
     def redo(self) -> None:
         """Forward again."""
         with self._lock:
+            self._commit()
             if self._future:
                 self._past.append(self._future.pop())
-        self._change(*self._past[-1])
+            self._set(*self._past[-1])
+        self._tell(moved=True)
 
     def save(self, path: str | Path) -> None:
         """Write the factors, with the curve and what is known of them, as a factor file."""
-        known = self.measured.get(self.scaling.key)
+        known = self.known().get(self.scaling.key)
         measured = None if known is None else {"contexts": len(known.exact), "accuracy": known.mean}
         save_factors(
             path, self.scaling, model=self.lm.name, fingerprint=self.lm.fingerprint, suite=self.suite.recipe,
@@ -282,74 +337,93 @@ class Playground:
 
     def _change(self, curve: BezierCurve, scheme: str) -> None:
         with self._lock:
-            if (curve, scheme) == (self.curve, self.scheme):
-                return
-            self.curve, self.scheme = curve, scheme
-            self._stop.set()
-            if not self._dragged:
-                self._start(_SETTLE_SECONDS)
-        self._tell()
+            self._set(curve, scheme)
+        self._tell(moved=True)
+
+    def _set(self, curve: BezierCurve, scheme: str) -> None:
+        if (curve, scheme) == (self.curve, self.scheme):
+            return
+        self.curve, self.scheme = curve, scheme
+        self._running.stop.set()
+        if not self._dragged:
+            self._start(_SETTLE_SECONDS)
+        self.status = self._standing()
 
     def _start(self, delay: float) -> None:
-        self._stop.set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._stop, delay), daemon=True)
-        self._thread.start()
+        self._running.stop.set()
+        self._running = running = _Measurement()
+        running.over.clear()
+        running.thread = threading.Thread(target=self._run, args=(running, delay), daemon=True)
+        running.thread.start()
 
-    def _run(self, stop: threading.Event, delay: float) -> None:
+    def _run(self, running: "_Measurement", delay: float) -> None:
         """In a thread of its own: wait until the change has settled and the model is free, then measure."""
-        if stop.wait(delay):
-            return
-        with self._model_in_use:
-            try:
-                self._measure(stop)
-            except _Stopped:
-                self.say("stopped; what was measured is kept")
-            except Exception as error:  # there is no one to raise it to
-                self.say(f"{type(error).__name__}: {error}")
-
-    def _measure(self, stop: threading.Event) -> None:
-        with self._lock:
-            if stop.is_set():
+        said = ""
+        try:
+            if running.stop.wait(delay):
                 return
+            with self._model_in_use:
+                suite = self._measure(running)
+            with self._lock:
+                measured = dict(self.measured)
+            surrogate = _fitted(measured, suite)
+            with self._lock:
+                if self.suite is suite:
+                    self.surrogate = surrogate
+        except _Stopped:
+            said = "stopped; what was measured is kept"
+        except Exception as error:  # there is no one to raise it to
+            said = explained(error)
+        finally:
+            running.over.set()
+            with self._lock:
+                if self._running is running:  # else a later change has the word
+                    self.status = said or self._standing()
+            self._tell(moved=False)
+
+    def _measure(self, running: "_Measurement") -> Suite:
+        with self._lock:
+            suite, measured = self.suite, dict(self.measured)
+            if running.stop.is_set():
+                return suite
             self._commit()
-            wanted, suite = self.scaling, self.suite
+            wanted = self.scaling
         began, asked = time.monotonic(), 0
         todo = [
             (p, scaling)
             for p in range(len(suite.probes))
             for scaling in dict.fromkeys((wanted, self.unscaled))  # the baseline goes along
-            if scaling.key not in self.measured or p not in self.measured[scaling.key].exact
+            if scaling.key not in measured or p not in measured[scaling.key].exact
         ]
-        with Ledger(self._ledger) as ledger, _stoppable(self.lm, stop):
-            for done, (p, scaling) in enumerate(todo):
+        with Ledger(self._ledger) as ledger, _stoppable(self.lm, running.stop):
+            for done, (p, scaling) in enumerate(todo, 1):
                 probe = replace(suite, probes=suite.probes[p : p + 1])
                 outcomes = score(self.lm, probe, [scaling], ledger=ledger, kept=self._kept, progress=_Unseen(1, ""))
                 asked += outcomes.recomputed
+                left = (time.monotonic() - began) / done * (len(todo) - done)
                 with self._lock:
-                    self._learn(scaling.key, p, outcomes.exact[0, 0])
-                left = (time.monotonic() - began) / (done + 1) * (len(todo) - done - 1)
-                self.say(f"context {p + 1} of {len(suite.probes)}, {asked} questions answered, {left:.0f} s left")
-        surrogate, known = self._fitted(), self.measured[wanted.key]
-        if not stop.is_set():
-            self.surrogate = surrogate
-            self.say(f"measured on {len(known.exact)} contexts: {known.mean:.3f} of all answers exact")
+                    if self.suite is not suite or running.stop.is_set():
+                        raise _Stopped
+                    before = self.measured.get(scaling.key) or Measured(scaling, {})
+                    exact = {**before.exact, p: outcomes.exact[0, 0]}
+                    self.measured[scaling.key] = Measured(before.scaling, exact)
+                    self.status = (
+                        f"context {p + 1} of {len(suite.probes)}, {asked} questions answered, {left:.0f} s left"
+                    )
+                self._tell(moved=False)
+        return suite
 
-    def _learn(self, key: str, p: int, exact: NDArray[np.bool_]) -> None:
-        known = self.measured.get(key) or Measured(LayerScaling.from_key(key), {})
-        self.measured[key] = Measured(known.scaling, dict(known.exact) | {p: exact})
-
-    def _fitted(self) -> Surrogate | None:
-        """From the latest scalings of the paper's scheme that are known on a quarter of the contexts."""
-        known = [
-            m for m in self.measured.values()
-            if 4 * len(m.exact) >= len(self.suite.probes) and m.scaling.temperatures is None
-            and m.scaling.scheme == SCHEMES[0]
-        ][-_MOST_SCALINGS:]  # fmt: skip
-        if len(known) < _FEWEST_SCALINGS:
-            return None
-        factors = np.array([m.scaling.factors for m in known])
-        return Surrogate(factors, np.array([np.mean(list(m.exact.values()), axis=0) for m in known]))
+    def _standing(self) -> str:
+        """What is known of the present curve, in a line."""
+        known, n_contexts = self.measured.get(self.scaling.key), len(self.suite.probes)
+        line = "not measured yet" if known is None else (
+            f"measured on {len(known.exact)} of {n_contexts} contexts: {known.mean:.3f} of all answers exact"
+        )  # fmt: skip
+        if self.scheme != SCHEMES[0]:
+            return f"{line}; predictions are for {SCHEMES[0]} only"
+        if self.surrogate is None:
+            return f"{line}; no prediction before {_FEWEST_SCALINGS} scalings are known"
+        return line
 
     def _commit(self) -> None:
         """The present curve is a step to come back to."""
@@ -367,12 +441,13 @@ class Playground:
 
     def say(self, status: str) -> None:
         """Show a line of status."""
-        self.status = status
-        self._tell()
+        with self._lock:
+            self.status = status
+        self._tell(moved=False)
 
-    def _tell(self) -> None:
+    def _tell(self, moved: bool) -> None:
         for listener in self._listeners:
-            listener()
+            listener(moved)
 
 
 def show(playground: Playground, *, save_to: str | Path = "playground.json", editor: bool = True) -> ipywidgets.Widget:
@@ -404,32 +479,38 @@ def show(playground: Playground, *, save_to: str | Path = "playground.json", edi
         name: ipywidgets.Button(description=name) for name in ("Measure", "Stop", "Undo", "Redo", "Save factors")
     }
     status, table = ipywidgets.HTML(), ipywidgets.HTML()
+    python = ipywidgets.Textarea(description="as Python", disabled=True, layout={"width": "98%"})
     drawn = _Editor(playground) if editor else None
     showing = threading.Lock()  # updates come from the measuring thread too
-    setter: list[int] = []  # the thread that sets widgets now: what they report in it is no one's wish
+    own = threading.local()  # what a widget reports while this very thread sets it is no one's wish
 
-    def update() -> None:
+    def update(moved: bool) -> None:
         with showing:
-            setter.append(threading.get_ident())
-            for k, (layer, value) in enumerate(sliders):
-                layer.value, value.value = int(playground.curve.layers[k]), playground.curve.values[k]
-            scheme.value = playground.scheme
-            buttons["Undo"].disabled, buttons["Redo"].disabled = not playground.can_undo, not playground.can_redo
-            buttons["Stop"].disabled = not playground.busy
-            status.value = f'<span role="status">{html.escape(playground.status)}</span>'
-            table.value = _table(playground)
-            if drawn is not None:
-                drawn.update()
-            setter.clear()
+            own.setting = True
+            try:
+                curve, curves = playground.curve, _curves(playground)
+                if moved:  # only who moved the curve writes it back: from elsewhere it might overtake the browser
+                    for k, (layer, value) in enumerate(sliders):
+                        layer.value, value.value = int(curve.layers[k]), curve.values[k]
+                    preset.value = next((name for name, of in playground.presets.items() if of == curve), "")
+                    scheme.value = playground.scheme
+                    python.value = f'LayerScaling({list(playground.scaling.factors)}, scheme="{playground.scheme}")'
+                buttons["Undo"].disabled, buttons["Redo"].disabled = not playground.can_undo, not playground.can_redo
+                buttons["Stop"].disabled = not playground.busy
+                status.value, table.value = html.escape(playground.status), _table(curves)
+                if drawn is not None:
+                    drawn.update(moved, curves)
+            finally:
+                own.setting = False
 
     def guarded(act: Callable[[], None]) -> Callable[[Any], None]:
         def click(_: Any) -> None:
-            if setter == [threading.get_ident()]:
+            if getattr(own, "setting", False):
                 return
             try:
                 act()
             except (OSError, ValueError) as error:
-                playground.say(f"{type(error).__name__}: {error}")
+                playground.say(explained(error))
 
         return click
 
@@ -438,12 +519,11 @@ def show(playground: Playground, *, save_to: str | Path = "playground.json", edi
         playground.say(f"saved {file.value}")
 
     def slide(k: int) -> None:
-        playground.move(k, sliders[k][0].value, sliders[k][1].value)
+        playground.move(k, sliders[k][0].value, sliders[k][1].value)  # tells all, also where it did not move
 
     def choose() -> None:
         if preset.value:
             playground.use(playground.presets[preset.value])
-            preset.value = ""
 
     for k, pair in enumerate(sliders):
         for slider in pair:
@@ -455,19 +535,23 @@ def show(playground: Playground, *, save_to: str | Path = "playground.json", edi
     actions = (playground.measure, playground.stop, playground.undo, playground.redo, save)
     for button, act in zip(buttons.values(), actions, strict=True):
         button.on_click(guarded(act))
+    if drawn is not None:
+        drawn.observe(guarded(drawn.moved), "points")
+        drawn.observe(guarded(lambda: playground.drag(drawn.dragging)), "dragging")
     playground.subscribe(update)
-    update()
+    update(True)
     rows = [ipywidgets.HBox(pair) for pair in sliders]
     controls = [ipywidgets.HBox([preset, scheme]), ipywidgets.HBox([pairs, contexts]), ipywidgets.HBox([file])]
-    rows = [*rows, *controls, ipywidgets.HBox(list(buttons.values())), status, table]
+    rows = [*rows, *controls, ipywidgets.HBox(list(buttons.values())), status, table, python]
     return ipywidgets.VBox([*([] if drawn is None else [drawn]), *rows])
 
 
 def _curves(playground: Playground) -> list[dict[str, Any]]:
     """What is drawn: baseline, best, current and prediction, as far as known."""
     current, curves = playground.scaling.key, []
-    known = {"baseline": playground.measured.get(playground.unscaled.key), "best": playground.best}
-    known["current"] = playground.measured.get(current)
+    measured_so_far = playground.known()
+    known = {"baseline": measured_so_far.get(playground.unscaled.key), "best": playground.best}
+    known["current"] = measured_so_far.get(current)
     n_contexts, depths = len(playground.suite.probes), playground.suite.depths.round(4).tolist()
     for kind, measured in known.items():
         if measured is not None and measured.exact:
@@ -486,10 +570,10 @@ def _curves(playground: Playground) -> list[dict[str, Any]]:
     return curves
 
 
-def _table(playground: Playground) -> str:
+def _table(curves: list[dict[str, Any]]) -> str:
     """The curves in words and numbers, for who can't see them."""
     rows = ""
-    for curve in _curves(playground):
+    for curve in curves:
         at = np.linspace(0, len(curve["depths"]) - 1, 5).round().astype(int)
         cells = "".join(f"<td>{curve['mean'][i]:.2f}</td>" for i in at)
         rows += f"<tr><th style='text-align: left'>{html.escape(curve['name'])}</th>{cells}</tr>"
@@ -504,13 +588,13 @@ class _Editor(anywidget.AnyWidget):
     _css = """
     .lrs-playground { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start }
     .lrs-playground { color: var(--jp-ui-font-color1, #222) }
-    .lrs-panel { flex: 1 1 420px; max-width: 640px; touch-action: none; font: 12px sans-serif }
-    .lrs-axes text { fill: currentColor }
+    .lrs-panel { flex: 1 1 420px; max-width: 640px; font: 12px sans-serif }
+    .lrs-panel text { fill: currentColor }
     .lrs-axes path { stroke: currentColor; fill: none } .lrs-bars rect { fill: #56b4e9; opacity: 0.45 }
     .lrs-one { stroke: #949494; stroke-width: 1 } .lrs-curve { stroke: #0173b2; stroke-width: 2.2; fill: none }
     .lrs-polygon { stroke: #949494; stroke-dasharray: 3 3; fill: none }
-    .lrs-handle { fill: #de8f05; stroke: white; stroke-width: 1.5; cursor: grab }
-    .lrs-handle:focus { outline: none; stroke: #222; stroke-width: 3 }
+    .lrs-handle { fill: #de8f05; stroke: white; stroke-width: 1.5; cursor: grab; touch-action: none }
+    .lrs-handle:focus { outline: none; stroke: currentColor; stroke-width: 3 }
     """
     config = traitlets.Dict().tag(sync=True)
     points: Any = traitlets.List().tag(sync=True)
@@ -519,31 +603,24 @@ class _Editor(anywidget.AnyWidget):
 
     def __init__(self, playground: Playground) -> None:
         self._playground = playground
-        self._setter: int | None = None
         low, high = playground.bounds
         grid = {"layers": playground.lm.num_layers, "first": playground.first_layer, "step": playground.step}
-        super().__init__(config=grid | {"low": low, "high": high}, **self._now())
-        self.observe(self._moved, "points")
-        self.observe(lambda change: playground.drag(change["new"]), "dragging")
+        super().__init__(config=grid | {"low": low, "high": high}, points=self._points(), state={"curves": []})
 
-    def update(self) -> None:
-        """Send what has changed."""
-        self._setter = threading.get_ident()
-        for name, value in self._now().items():
-            setattr(self, name, value)
-        self._setter = None
+    def update(self, moved: bool, curves: list[dict[str, Any]]) -> None:
+        """Send what has changed; the points only if the playground moved them."""
+        playground, points = self._playground, self._points()
+        if moved:
+            self.points = points
+        about = {"scheme": playground.scheme, "status": playground.status, "curves": curves}
+        self.state = about | {"points": points, "factors": list(playground.scaling.factors)}
 
-    def _now(self) -> dict[str, Any]:
-        playground = self._playground
-        points = [list(point) for point in zip(playground.curve.layers, playground.curve.values, strict=True)]
-        state = {"points": points, "factors": list(playground.scaling.factors), "scheme": playground.scheme}
-        return {"points": points, "state": state | {"curves": _curves(playground)}}
+    def moved(self) -> None:
+        """The browser moved a point."""
+        self._playground.use(BezierCurve(*zip(*self.points, strict=True)))
 
-    def _moved(self, change: Any) -> None:
-        if self._setter == threading.get_ident():  # set by `update`, not by the browser
-            return
-        layers, values = zip(*change["new"], strict=True)
-        self._playground.use(BezierCurve(layers, values))
+    def _points(self) -> list[list[float]]:
+        return [list(point) for point in zip(self._playground.curve.layers, self._playground.curve.values, strict=True)]
 
 
 class _Stopped(Exception):

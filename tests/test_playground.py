@@ -1,7 +1,6 @@
 import json
 import shutil
 import subprocess
-import threading
 import time
 from functools import partial
 
@@ -55,7 +54,7 @@ def test_a_point_snaps_to_the_grid_and_stays_between_its_neighbours_and_in_bound
 
 def test_a_released_drag_is_measured_context_by_context_into_the_ledger(play, deep):
     seen = []
-    play.subscribe(lambda: seen.append(len(known.exact) if (known := play.measured.get(play.scaling.key)) else 0))
+    play.subscribe(lambda moved: seen.append(len(known.exact) if (known := play.known().get(play.scaling.key)) else 0))
     play.drag(True)
     play.use(CURVE)
     time.sleep(0.5)
@@ -68,7 +67,7 @@ def test_a_released_drag_is_measured_context_by_context_into_the_ledger(play, de
     assert direct.recomputed == 0
     for known, exact in zip((play.scaling, play.unscaled), direct.exact, strict=True):
         np.testing.assert_array_equal([play.measured[known.key].exact[p] for p in range(5)], exact)
-    assert "measured on 5 contexts" in play.status
+    assert "measured on 5 of 5 contexts" in play.status
 
 
 def test_a_new_change_cancels_the_running_measurement_at_the_next_layer(play, deep):
@@ -76,7 +75,7 @@ def test_a_new_change_cancels_the_running_measurement_at_the_next_layer(play, de
     try:
         play.use(CURVE)
         time.sleep(0.35)  # settled, and inside the first context
-        first = play._thread
+        first = play._running.thread
         began = time.monotonic()
         play.move(0, 0, 0.9)
         first.join()
@@ -111,7 +110,7 @@ def test_stop_frees_the_model_and_keeps_what_was_measured(play, deep):
     time.sleep(0.8)
     play.stop()
     handle.remove()
-    assert not any(thread.name == play._thread.name for thread in threading.enumerate())
+    assert not play._running.thread.is_alive()
     assert "stopped" in play.status
     assert deep.model.config._attn_implementation != "lrs_packed"
     assert not any(layer._forward_pre_hooks for layer in deep.model.model.layers)
@@ -255,3 +254,81 @@ def test_the_browser_samples_curves_as_python_does(tmp_path):
         different += sum(a != b for a, b in zip(found, expected, strict=True))
         np.testing.assert_allclose(found, expected, atol=0.0501)  # a step, where a sample lies on a rounding edge
     assert different <= 0.01 * 200 * 30
+
+
+def test_stop_waits_for_a_measurement_that_was_cancelled_before(play, deep):
+    handle = slowed(deep, 0.5)
+    play.use(CURVE)
+    time.sleep(0.4)  # inside the first context
+    older = play._running.thread
+    play.move(0, 0, 0.9)
+    play.stop()
+    in_the_model = deep.model.config._attn_implementation == "lrs_packed"
+    handle.remove()
+    assert not in_the_model
+    older.join(1)
+    assert not older.is_alive()
+
+
+def test_a_new_playground_of_a_model_stops_the_earlier_one(play, deep, tmp_path):
+    handle = slowed(deep, 0.2)
+    play.use(CURVE)
+    time.sleep(0.4)
+    again = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 5, ledger=tmp_path / "ledger.sqlite")
+    assert not play.busy
+    handle.remove()
+    again.measure()
+    again.wait()
+    assert len(again.measured[again.unscaled.key].exact) == 5
+
+
+def test_another_size_forgets_what_is_of_the_former_contexts(play, deep):
+    handle = slowed(deep, 0.3)
+    play.use(CURVE)
+    time.sleep(0.4)
+    play.move(0, 0, 0.9)
+    play.set_size(6, 3)
+    handle.remove()
+    time.sleep(0.5)
+    assert all(row.shape == (6,) for known in play.measured.values() for row in known.exact.values())
+    assert "not measured yet" in play.status
+    play.measure()
+    play.wait()
+    assert "measured on 3 of 3 contexts" in play.status
+    assert not play.busy
+
+
+def test_redo_does_not_lose_a_change_that_has_not_settled(play):
+    play.use(CURVE)
+    play.wait()
+    play.undo()
+    play.move(1, 3, 0.8)
+    play.redo()
+    assert play.curve.values[1] == 0.8, "a change forgets what could be redone"
+    play.undo()
+    assert play.curve.values == (1.0,) * 4
+
+
+def test_a_slider_pushed_past_its_neighbour_comes_back_and_presets_are_named(play):
+    widgets = parts(show(play, editor=False))
+    widgets["P2 layer"].value = 6
+    widgets["P2 layer"].value = 7
+    assert play.curve.layers[1] == widgets["P2 layer"].value == 4
+    widgets["preset"].value = "decreasing, as in the paper"
+    assert widgets["preset"].value == "decreasing, as in the paper"
+    widgets["P1 factor"].value = 0.8
+    assert widgets["preset"].value == ""
+    assert "LayerScaling([" in widgets["as Python"].value
+
+
+def test_an_error_is_shown_with_its_advice(play, deep):
+    def full(*_):
+        error = RuntimeError("out of memory")
+        error.add_note("use a device with more memory")
+        raise error
+
+    handle = deep.model.model.layers[2].register_forward_pre_hook(full)
+    play.use(CURVE)
+    play.wait()
+    handle.remove()
+    assert play.status == "RuntimeError: out of memory use a device with more memory"

@@ -113,6 +113,8 @@ def page(lab):
         finally:
             page.screenshot(path=KEPT / "opened.png")
         page.locator(".lrs-playground").scroll_into_view_if_needed()
+        page.locator(".widget-dropdown", has_text="preset").locator("select").select_option("no scaling")
+        expect(page.locator(".lrs-handle").nth(3)).to_have_attribute("aria-valuetext", "layer 29, factor 1")
         page.evaluate(CLOCKS)
         yield page
         page.screenshot(path=KEPT / "last.png")
@@ -135,7 +137,7 @@ def centre(page: Page, point: int) -> tuple[float, float]:
 
 
 def expect_status(page: Page, text: str) -> None:
-    expect(page.locator("span[role=status]")).to_contain_text(text, timeout=30_000)
+    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=30_000)
 
 
 def note(name: str, milliseconds: float) -> None:
@@ -172,11 +174,11 @@ def test_a_drag_moves_factors_and_prediction_at_once_and_measures_when_let_go(pa
     before, (x, y) = factors(page), centre(page, 2)
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x, y - 20)
+    page.mouse.move(x, y - 50)
     assert factors(page) != before
     page.wait_for_selector('.lrs-prediction[opacity="1"]')
     for step in range(10):
-        page.mouse.move(x - 4 * step, y - 20 + 12 * step)
+        page.mouse.move(x - 4 * step, y - 50 + 15 * step)
         film.take()
     assert page.locator(".lrs-current").count() == 0
     page.wait_for_selector('.lrs-prediction[opacity="1"]')
@@ -190,7 +192,7 @@ def test_a_drag_moves_factors_and_prediction_at_once_and_measures_when_let_go(pa
     began = time.perf_counter()
     page.wait_for_selector('.lrs-current[opacity="1"]')
     note("letting go to the first measured context, 8 short pairs", since(began))
-    while "measured on 6 contexts" not in page.locator("span[role=status]").inner_text() and since(began) < 60_000:
+    while "measured on 6 of 6 contexts" not in page.locator("p[role=status]").inner_text() and since(began) < 60_000:
         film.take()
     expect(page.locator(".lrs-current text")).to_contain_text("6 of 6 contexts")
     page.screenshot(path=KEPT / "3-after.png")
@@ -207,7 +209,9 @@ def test_arrow_keys_move_the_focused_point(page):
     after = curve_of(page)
     assert after.values[1] == pytest.approx(before.values[1] - 0.05)
     assert after.layers[1] == before.layers[1] + 1
-    expect_status(page, "measured on 6 contexts")
+    slider = page.locator(".widget-slider", has_text="P2 factor").locator(".widget-readout")
+    expect(slider).to_have_text(f"{after.values[1]:.2f}")
+    expect_status(page, "measured on 6 of 6 contexts")
 
 
 def test_a_slider_moves_the_curve_and_a_drag_moves_the_slider(page):
@@ -229,13 +233,13 @@ def test_a_slider_moves_the_curve_and_a_drag_moves_the_slider(page):
 
 
 def test_undo_and_redo(page):
-    expect_status(page, "measured on 6 contexts")
+    expect_status(page, "measured on 6 of 6 contexts")
+    first, value = page.locator(".lrs-handle").nth(0), str(curve_of(page).values[0])
     now = curve_of(page)
     page.get_by_role("button", name="Undo").click()
-    page.wait_for_function("now => document.querySelectorAll('.lrs-handle')[0].getAttribute('aria-valuenow') != now",
-                           arg=str(now.values[0]))  # fmt: skip
+    expect(first).not_to_have_attribute("aria-valuenow", value)
     page.get_by_role("button", name="Redo").click()
-    expect(page.locator(".lrs-handle").nth(0)).to_have_attribute("aria-valuenow", str(now.values[0]))
+    expect(first).to_have_attribute("aria-valuenow", value)
     assert curve_of(page) == now
 
 
@@ -266,4 +270,4 @@ def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
     note("input to paint while the kernel is busy, median", float(np.median(paints)))
     note("input to paint while the kernel is busy, 95th percentile", float(np.quantile(paints, 0.95)))
     expect(page.get_by_text("kernel free")).to_be_attached(timeout=30_000)
-    expect_status(page, "measured on 6 contexts")
+    expect_status(page, "measured on 6 of 6 contexts")
