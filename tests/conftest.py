@@ -7,6 +7,15 @@ from lrs_utils.models import EMBEDDED, LM
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def lm(request) -> LM:
+    """A tiny model of every family that is tested."""
+    return load_lm(f"tiny-{request.param}", dtype="float32", device="cpu")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> LM:
     return load_lm("tiny-llama", dtype="float32", device="cpu")

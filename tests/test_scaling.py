@@ -10,13 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
 from lrs_utils.scaling import PositionTables
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def lm(request):
-    return load_lm(f"tiny-{request.param}", dtype="float32", device="cpu")
-
 
 @pytest.fixture
 def ids():
