@@ -116,10 +116,11 @@ class Run:
         """
         about = json.dumps({"pieces": list(pieces), **settings})
         path, committed = self.path(f"data/results/{name}.csv"), _ROOT / "data" / "results" / f"{name}.csv"
-        for known in () if self.fresh else (path, committed):
-            if known.exists() and known.read_text(encoding="utf-8").startswith(f"# {about} | "):
-                if known != path:
-                    shutil.copyfile(known, path)
+        if not self.fresh and committed.exists():
+            text = committed.read_text(encoding="utf-8")
+            if text.startswith(f"# {about} | "):
+                if committed != path:
+                    shutil.copyfile(committed, path)
                 return pd.read_csv(path, skiprows=1)
         parts, bar = [], Progress(len(pieces), name)
         with bar.entered():
