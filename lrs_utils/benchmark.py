@@ -23,7 +23,6 @@ import yaml
 from torch import Tensor
 
 from lrs_utils import plots, tasks
-from lrs_utils.bezier import BezierCurve
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, load_lm
 from lrs_utils.packed import pack
@@ -41,6 +40,7 @@ from lrs_utils.search import (
     utilisation_over_depths_then_nll,
     utilisation_then_nll,
 )
+from lrs_utils.searchers import Genome
 from lrs_utils.tasks import Probe, Suite
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -205,10 +205,10 @@ class _WatchedSearch(GeneticSearch):
         self.rivals.append(self.rival)
         return super().ask()
 
-    def _claim(self, curve: BezierCurve) -> tuple[float, ...] | None:
-        factors = super()._claim(curve)
-        self.known += factors is None
-        return factors
+    def _claim(self, genome: Genome) -> LayerScaling | None:
+        scaling = super()._claim(genome)
+        self.known += scaling is None
+        return scaling
 
 
 @dataclass(frozen=True)

@@ -83,18 +83,21 @@ class BezierCurve:
         """
         if not 0 <= first_layer < num_layers:
             raise ValueError(f"first_layer is {first_layer}; it must be from 0 to {num_layers - 1}")
-        sampled = self(np.arange(first_layer, num_layers))
-        if step is not None:
-            if not step > 0:
-                raise ValueError(f"step is {step}; it must be positive, or None for no rounding")
-            sampled = np.round(sampled / step)
-        if bounds is not None:
-            low, high = bounds
-            if not low <= high:
-                raise ValueError(f"bounds is {bounds}; give (low, high) with low <= high")
-            if step is not None:  # in steps, and those within the bounds; 1e-9: 0.7 / 0.1 is 6.999999999999999
-                low, high = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-            sampled = np.clip(sampled, low, high)
-        if step is not None:
-            sampled = np.round(sampled * step, 10)  # 10 digits: 1.2000000000000002 is 1.2
+        sampled = on_grid(self(np.arange(first_layer, num_layers)), step, bounds)
         return (1.0,) * first_layer + tuple(sampled.tolist())
+
+
+def on_grid(values: NDArray[np.float64], step: float | None, bounds: tuple[float, float] | None) -> NDArray[np.float64]:
+    """Round to multiples of `step` and clip to the multiples within `bounds`, as `BezierCurve.factors` does."""
+    if step is not None:
+        if not step > 0:
+            raise ValueError(f"step is {step}; it must be positive, or None for no rounding")
+        values = np.round(values / step)
+    if bounds is not None:
+        low, high = bounds
+        if not low <= high:
+            raise ValueError(f"bounds is {bounds}; give (low, high) with low <= high")
+        if step is not None:  # in steps, and those within the bounds; 1e-9: 0.7 / 0.1 is 6.999999999999999
+            low, high = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        values = np.clip(values, low, high)
+    return values if step is None else np.round(values * step, 10)  # 10 digits: 1.2000000000000002 is 1.2

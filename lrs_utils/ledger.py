@@ -1,8 +1,8 @@
 """Every outcome ever measured, on disk: what makes a crash boring.
 
-An outcome, or a free answer's text, is filed under its content (model fingerprint, scaling, question with its context),
-so whoever needs it finds it: the same run after `kill -9`, another search, another notebook. One SQLite file, written
-by any number of processes.
+An outcome, a free answer's text or a gradient is filed under its content (model fingerprint, scaling, question with
+its context), so whoever needs it finds it: the same run after `kill -9`, another search, another notebook. One SQLite
+file, written by any number of processes.
 """
 
 import csv
@@ -29,11 +29,15 @@ CREATE TABLE outcomes (
     PRIMARY KEY (candidate, question)
 ) WITHOUT ROWID;
 """
-_TEXTS = """
+_LATER = """
 CREATE TABLE IF NOT EXISTS texts (
     candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, max_new_tokens INTEGER NOT NULL,
     text TEXT NOT NULL, PRIMARY KEY (candidate, question, max_new_tokens)
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS gradients (
+    candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, nll REAL NOT NULL,
+    gradient TEXT NOT NULL, PRIMARY KEY (candidate, question)
+) WITHOUT ROWID;
 """
 _COLUMNS = ["model", "scaling", "question", "exact", "nll", "max_new_tokens", "text"]
 
@@ -83,9 +87,11 @@ class Ledger:
                     self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     for statement in _SCHEMA.strip().split(";\n"):
                         self._db.execute(statement)
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'texts'").fetchone():
+        later = "SELECT count(*) FROM sqlite_master WHERE name IN ('texts', 'gradients')"
+        if self._db.execute(later).fetchone()[0] < 2:
             with self._transaction():  # ledgers of before have none
-                self._db.execute(_TEXTS)
+                for statement in _LATER.strip().split(";\n"):
+                    self._db.execute(statement)
 
     def _use_write_ahead_log(self) -> None:
         patience = time.monotonic() + 60
@@ -154,6 +160,21 @@ class Ledger:
             standing = self.find_texts(model, scaling, max_new_tokens)
         return [standing[question] for question in questions]
 
+    def find_gradient(self, model: str, scaling: str, questions: str) -> tuple[float, NDArray[np.float64]] | None:
+        """The nll and gradient of a context's questions, if known."""
+        with self._explained():
+            found = self._db.execute(
+                "SELECT nll, gradient FROM gradients JOIN candidates ON id = candidate "
+                "WHERE model = ? AND scaling = ? AND question = ?",
+                (model, scaling, questions),
+            ).fetchone()
+        return None if found is None else (found[0], np.array(json.loads(found[1])))
+
+    def record_gradient(self, model: str, scaling: str, questions: str, nll: float, gradient: str) -> None:
+        """Write what `find_gradient` finds, the gradient as JSON; what another process wrote first stays."""
+        with self._explained(), self._transaction():
+            self._insert(model, scaling, [(questions, nll, gradient)], "gradients")
+
     def __len__(self) -> int:
         with self._explained():
             return int(self._db.execute("SELECT count(*) FROM outcomes").fetchone()[0])
@@ -177,7 +198,7 @@ class Ledger:
         """
         wanted = set(questions)
         outcomes: list[list[Any]] = []
-        texts: list[list[Any]] = []
+        others: list[list[Any]] = []
         for model, scaling in dict.fromkeys(candidates):
             outcomes += (
                 [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
@@ -190,23 +211,29 @@ class Ledger:
                     "WHERE model = ? AND scaling = ? ORDER BY question, max_new_tokens",
                     (model, scaling),
                 ).fetchall()
-            texts += (
+                gradients = self._db.execute(
+                    "SELECT question, nll, gradient FROM gradients JOIN candidates ON id = candidate "
+                    "WHERE model = ? AND scaling = ? ORDER BY question",
+                    (model, scaling),
+                ).fetchall()
+            others += (
                 [model, scaling, question, "", "", most, json.dumps(text)]  # without line breaks
                 for question, most, text in found
                 if question in wanted
             )
+            others += ([model, scaling, q, "", repr(nll), "", text] for q, nll, text in gradients if q in wanted)
         text = io.StringIO()
         text.write(f"# {about}\n")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS if texts else _COLUMNS[:5])
+        writer.writerow(_COLUMNS if others else _COLUMNS[:5])
         writer.writerows(outcomes)
-        writer.writerows(texts)
+        writer.writerows(others)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = text.getvalue().encode()
         if not path.exists() or gzip.decompress(path.read_bytes()).partition(b"\n")[2] != content.partition(b"\n")[2]:
             path.write_bytes(gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
-        return len(outcomes) + len(texts)
+        return len(outcomes) + len(others)
 
     def load(self, path: str | Path) -> int:
         """Add the outcomes of an exported file; those already known stay. Returns the number of rows read."""
@@ -217,20 +244,24 @@ class Ledger:
                     raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
                 outcomes: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
                 texts: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+                gradients: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
                 for model, scaling, question, exact, nll, *text in reader:
                     if exact:
                         row: tuple[Any, ...] = (question, int(exact), float(np.float32(nll)))
                         outcomes.setdefault((model, scaling), []).append(row)
+                    elif nll:
+                        gradients.setdefault((model, scaling), []).append((question, float(nll), text[1]))
                     else:
                         row = (question, int(text[0]), json.loads(text[1]))
                         texts.setdefault((model, scaling), []).append(row)
         except (ValueError, IndexError, EOFError, gzip.BadGzipFile) as error:
             raise LedgerError(f"{path} is no exported ledger, or damaged: {error}") from error
+        tables = {"outcomes": outcomes, "texts": texts, "gradients": gradients}
         with self._explained(), self._transaction():
-            for table, by_candidate in (("outcomes", outcomes), ("texts", texts)):
+            for table, by_candidate in tables.items():
                 for (model, scaling), rows in by_candidate.items():
                     self._insert(model, scaling, rows, table)
-        return sum(len(rows) for by_candidate in (outcomes, texts) for rows in by_candidate.values())
+        return sum(len(rows) for by_candidate in tables.values() for rows in by_candidate.values())
 
     def close(self) -> None:
         """Close the file; the ledger can't be used afterwards."""

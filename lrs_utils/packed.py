@@ -222,10 +222,13 @@ def _attend_packed(
                     k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
                 # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
                 queries = q[part, :, rows].flatten(1, 2)
-                logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)
-                torch.baddbmm(logits, queries, k_seen.mT, beta=0, alpha=scale, out=logits)
+                if queries.requires_grad:  # what a gradient needs can't lie in memory used again
+                    logits, weights = torch.bmm(queries * scale, k_seen.mT), None
+                else:
+                    logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)
+                    torch.baddbmm(logits, queries, k_seen.mT, beta=0, alpha=scale, out=logits)
                 logits.view(-1, group, n_rows, logits.shape[2])[..., -n_hidden:] += block.bias
-                torch.softmax(logits, -1, out=weights)
+                weights = torch.softmax(logits, -1, out=weights)
                 mixed = torch.bmm(weights, v_seen).view(-1, group, n_rows, value_dim)
                 out[rows, part] = mixed.permute(2, 0, 1, 3)
     return out.flatten(1, 2)[None], None

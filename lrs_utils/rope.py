@@ -19,7 +19,7 @@ def frequencies(head_dim: int, theta: float) -> Tensor:
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def scaled_frequencies(unscaled: Tensor, factor: float, scheme: str, window: int) -> tuple[Tensor, float]:
+def scaled_frequencies(unscaled: Tensor, factor: float | Tensor, scheme: str, window: int) -> tuple[Tensor, float]:
     """Frequencies for positions stretched by a factor, and what cos and sin are multiplied by.
 
     Parameters
@@ -27,7 +27,7 @@ def scaled_frequencies(unscaled: Tensor, factor: float, scheme: str, window: int
     unscaled : Tensor, shape (d / 2,)
         The model's own, d the rotated dimensions of a head.
     factor : float
-        s > 0; 1 changes nothing under any scheme.
+        s > 0; 1 changes nothing under any scheme. A tensor ("pi" and "ntk" only) lets a gradient through.
     scheme : str
         "pi": every frequency divided by s (2306.15595, Eq. 4; transformers' rope type "linear").
         "ntk": the base raised to theta s^(d/(d-2)): the lowest frequency divided by s, the highest kept.

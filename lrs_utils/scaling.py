@@ -218,6 +218,16 @@ class PositionTables:
             self._scaled[setting] = _scaled_rotary(self._unscaled, setting, self._window, name=self._name)
         return self._scaled[setting]
 
+    def differentiable(self, given: Any, factor: Tensor, temperature: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+        """The tables of a setting whose numbers are tensors (scalars), for a gradient with respect to them."""
+        args, kwargs, _ = self._calls[given[0]]
+        rotary = _scaled_rotary(self._unscaled, (factor, temperature, scheme), self._window, name=self._name)
+        # transformers computes tables under `no_grad`, a decorator; beneath it stands the formula
+        tables = inspect.unwrap(type(rotary).forward)(rotary, *args, **kwargs)
+        if not all(table.requires_grad for table in tables):
+            raise ValueError(f"{self._name}: {type(rotary).__name__} lets no gradient through to layer factors")
+        return tables  # type: ignore[no-any-return]
+
     def _remember(self, _: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, Tensor]) -> None:
         self._calls[output[0]] = (args, kwargs, {})
 
@@ -328,21 +338,23 @@ def _refuse_partial_rotary(model: PreTrainedModel) -> None:
             )
 
 
-def _scaled_rotary(rotary: nn.Module, setting: Setting, window: int, *, name: str) -> nn.Module:
+def _scaled_rotary(
+    rotary: nn.Module, setting: Setting | tuple[Tensor, Tensor, str], window: int, *, name: str
+) -> nn.Module:
     """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
     factor, temperature, scheme = setting
     scaled = copy.deepcopy(rotary)
-    found = [buffer for buffer_name, buffer in scaled.named_buffers() if buffer_name.endswith("inv_freq")]
+    found = {buffer: values for buffer, values in scaled.named_buffers(recurse=False) if buffer.endswith("inv_freq")}
     gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]
-    for inv_freq in found:
+    for buffer, inv_freq in found.items():
         try:
             frequencies, gain = scaled_frequencies(inv_freq, factor, scheme, window)
         except ValueError as error:
             raise ValueError(f"{name} can't be scaled: {error}") from error
-        inv_freq.copy_(frequencies)
-    if not found or ((temperature, gain) != (1.0, 1.0) and not gains):
+        setattr(scaled, buffer, frequencies)
+    if not found or (not gains and (temperature, gain) != (1.0, 1.0)):
         raise ValueError(f"{name} can't be scaled: {type(rotary).__name__} has no `inv_freq` or `attention_scaling`")
     for attribute in gains:
         # q and k each carry sqrt(t), their product t
-        setattr(scaled, attribute, getattr(scaled, attribute) * gain * math.sqrt(temperature))
+        setattr(scaled, attribute, getattr(scaled, attribute) * gain * temperature**0.5)
     return scaled

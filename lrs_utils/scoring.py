@@ -6,9 +6,12 @@ which by induction is the verdict of greedy decoding.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby, product
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lrs_utils.ledger import Ledger
-from lrs_utils.models import LM, attending_by
+from lrs_utils.models import LM, attending_by, load_lm
 from lrs_utils.packed import Layout, Packed, laid_out, pack, shared_prefix
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import UNSCALED, LayerScaling, PositionTables, Setting, reachable_decoder
@@ -104,6 +107,7 @@ def score(
     progress: Progress | None = None,
     batch_tokens: int | None = None,
     kept: Kept | None = None,
+    executor: Executor | None = None,
 ) -> Outcomes:
     """Ask a model every question of a suite under each scaling.
 
@@ -122,6 +126,9 @@ def score(
         same, the limit is halved and scoring goes on.
     kept : Kept, optional
         What earlier calls on the same model left to be shared.
+    executor : concurrent.futures.Executor, optional
+        Runs the model elsewhere, batch by batch: processes of this machine, or a cluster's (`Client.get_executor()` of
+        Dask, the extra `cluster`). Workers load the model by its name and compute; the ledger is written here only.
 
     Raises
     ------
@@ -146,30 +153,93 @@ def score(
                         missing[c, p, q] = False
     recomputed, unknown, layers_run = int(missing.sum()), int(missing.any(axis=2).sum()), 0
     bar = progress or Progress(missing[..., 0].size, "scoring")
-    with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables, bar.entered():
+
+    def next_batch(missing: NDArray[np.bool_], tokens: int) -> _Batch:
+        batch = _next_batch(lm, suite, missing, tokens, kept)
+        if not extrapolate:
+            for c, (p, packed) in product(batch.candidates, zip(batch.contexts, batch.packs, strict=True)):
+                _refuse_beyond_window(lm, packed.longest, scalings[c], f"context {p} of {suite.name}")
+        return batch
+
+    def known(batch: _Batch, c: int, hits: NDArray[np.bool_], losses: NDArray[np.float64]) -> None:
+        for p, keys, hit, loss in zip(batch.contexts, batch.keys, hits, losses, strict=True):
+            if not np.isfinite(loss).all():
+                raise FloatingPointError(
+                    f"{lm.name} gave a non-finite likelihood under {scalings[c]}; try dtype float32"
+                )
+            if ledger is not None:
+                hit, loss = zip(*ledger.record(lm.fingerprint, scalings[c].key, keys, hit, loss), strict=True)
+            exact[c, p, batch.asked], nll[c, p, batch.asked] = hit, loss
+            missing[c, p] = False
+            bar.advance(1)
+
+    with bar.entered():
         bar.advance(missing[..., 0].size - unknown)
-        room = _Room(lm.model.device, batch_tokens)
-        while missing.any():
-            batch = _next_batch(lm, suite, missing, room.tokens, kept)
-            if not extrapolate:
-                for c, (p, packed) in product(batch.candidates, zip(batch.contexts, batch.packs, strict=True)):
-                    _refuse_beyond_window(lm, packed.longest, scalings[c], f"context {p} of {suite.name}")
-            walk = _Walk(lm, batch, [scaling.layers for scaling in scalings], tables, kept)
-            with room.watched(batch):
-                for c, *rows in walk.outcomes(max(1, room.tokens // batch.n_tokens)):
-                    for p, keys, hit, loss in zip(batch.contexts, batch.keys, *rows, strict=True):
-                        if not np.isfinite(loss).all():
-                            raise FloatingPointError(
-                                f"{lm.name} gave a non-finite likelihood under {scalings[c]}; try dtype float32"
-                            )
-                        if ledger is not None:
-                            standing = ledger.record(lm.fingerprint, scalings[c].key, keys, hit, loss)
-                            hit, loss = zip(*standing, strict=True)
-                        exact[c, p, batch.asked], nll[c, p, batch.asked] = hit, loss
-                        missing[c, p] = False
-                        bar.advance(1)
-            layers_run += walk.layers_run
+        if executor is not None:
+            waiting, unasked = {}, missing.copy()
+            while unasked.any():
+                batch = next_batch(unasked, batch_tokens or _CPU_BATCH_TOKENS)
+                unasked[np.ix_(batch.candidates, batch.contexts)] = False
+                part = _part(lm, suite, scalings, batch, extrapolate, batch_tokens)
+                waiting[executor.submit(scored_elsewhere, *part)] = batch
+            for done in as_completed(waiting):
+                batch, (hits, losses, n_layers) = waiting[done], done.result()
+                for c, *rows in zip(batch.candidates, hits, losses, strict=True):
+                    known(batch, c, *rows)
+                layers_run += n_layers
+        elif unknown:
+            with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables:
+                room = _Room(lm.model.device, batch_tokens)
+                while missing.any():
+                    batch = next_batch(missing, room.tokens)
+                    walk = _Walk(lm, batch, [scaling.layers for scaling in scalings], tables, kept)
+                    with room.watched(batch):
+                        for c, *rows in walk.outcomes(max(1, room.tokens // batch.n_tokens)):
+                            known(batch, c, *rows)
+                    layers_run += walk.layers_run
     return Outcomes(exact, nll, suite.depths, recomputed, layers_run, unknown * lm.num_layers)
+
+
+def scored_elsewhere(
+    name: str, dtype: str, fingerprint: str, suite: Suite, scalings: Sequence[LayerScaling], options: Mapping[str, Any]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], int]:
+    """`score` in a worker process, which loads the model once: exact and nll (candidates, contexts, questions)."""
+    with _one_at_a_time:  # threads of one process share the model
+        lm = _loaded(name, dtype)
+        if lm.fingerprint != fingerprint:
+            raise ValueError(
+                f"this worker's {name} has fingerprint {lm.fingerprint}, the search's {fingerprint}; give all machines "
+                "the same weights and tokenizer"
+            )
+        outcomes = score(lm, suite, scalings, progress=Progress(0, ""), **options)
+    return outcomes.exact, outcomes.nll, outcomes.layers_run
+
+
+_one_at_a_time = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, dtype: str) -> LM:
+    return load_lm(name, dtype=dtype)
+
+
+def _part(
+    lm: LM,
+    suite: Suite,
+    scalings: Sequence[LayerScaling],
+    batch: "_Batch",
+    extrapolate: bool,
+    batch_tokens: int | None,
+) -> tuple[Any, ...]:
+    """What `scored_elsewhere` needs to measure a batch."""
+    probes = [
+        replace(probe, questions=tuple(probe.questions[q] for q in batch.asked))
+        for probe in (suite.probes[p] for p in batch.contexts)
+    ]
+    asked = [scalings[c] for c in batch.candidates]
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    options = {"extrapolate": extrapolate, "batch_tokens": batch_tokens}
+    return lm.name, dtype, lm.fingerprint, replace(suite, probes=tuple(probes)), asked, options
 
 
 @torch.inference_mode()
@@ -339,7 +409,7 @@ class _Walk:
         self._lm, self._batch, self._paths, self._tables, self._kept = lm, batch, paths, tables, kept
         self._layers = reachable_decoder(lm.model).layers
         self._layout = Layout(batch.packs, lm.model.device)
-        self._given: list[dict[str, Any]] = []  # what the model gives each layer beside its input
+        self._given: list[dict[str, Any]] = []
         self.layers_run = 0
 
     def outcomes(self, width: int) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
@@ -349,7 +419,7 @@ class _Walk:
         contexts = sum(self._batch.keys, (self._lm.fingerprint,))
         n_first = [*unscaled, False].index(False)
         depth, hidden = self._kept.after(contexts, n_first)
-        embedded = self._embedded()
+        embedded, self._given = entered(self._lm, self._layout)
         hidden = embedded if hidden is None else hidden
         for layer in range(depth, n_first):
             hidden = self._layer(layer, hidden, [(0, UNSCALED)])
@@ -399,35 +469,16 @@ class _Walk:
             raise ValueError(f"{type(self._layers[index]).__name__} gives more than a tensor, which `score` would lose")
         return output
 
-    def _embedded(self) -> Tensor:
-        """The first layer's input, from the model's own forward with layers that only take notes."""
-
-        def note(hidden: Tensor, **given: Any) -> Tensor:
-            self._given.append(given)
-            inputs.append(hidden)
-            return hidden
-
-        inputs: list[Tensor] = []
-        with _layers_replaced(self._layers, note):
-            self._lm.model(
-                self._layout.ids[None],
-                position_ids=self._layout.positions[None],
-                use_cache=False,
-                logits_to_keep=1,
-            )
-        return inputs[0]
-
     def _judged(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """Verdicts and nll, (copies, contexts, questions), by the model's own last norm and head."""
-        judged = self._layout.judged.to(hidden.device)
-        states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, judged].flatten(0, 1)
+        at = self._layout.judged.to(hidden.device)
+        states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, at].flatten(0, 1)
         targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
         vocabulary = self._lm.model.config.get_text_config().vocab_size
         at_once = max(1, _LOGITS_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
         hits, losses = [], []
         for some, wanted in zip(*(torch.split(x, at_once) for x in (states, targets)), strict=True):
-            with _layers_replaced(self._layers, lambda *_, some=some, **__: some[None]):
-                logits = self._lm.model(wanted[None], use_cache=False).logits[0].float()
+            logits = judged(self._lm, some)
             hits.append(logits.argmax(-1) == wanted)
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
         hit, loss = (torch.cat(parts).double().cpu().numpy() for parts in (hits, losses))
@@ -438,6 +489,31 @@ class _Walk:
         n_tokens = np.bincount(owner)
         nll = (np.bincount(owner, loss) / n_tokens).astype(np.float32).astype(float)  # as much as an export keeps
         return (np.bincount(owner, hit) == n_tokens).reshape(shape), nll.reshape(shape)
+
+
+def entered(lm: LM, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The first layer's input for a row of tokens, and what the model gives each layer beside its input.
+
+    From the model's own forward, with layers that only take notes.
+    """
+
+    def note(hidden: Tensor, **given: Any) -> Tensor:
+        inputs.append(hidden)
+        notes.append(given)
+        return hidden
+
+    inputs: list[Tensor] = []
+    notes: list[dict[str, Any]] = []
+    with _layers_replaced(reachable_decoder(lm.model).layers, note):
+        lm.model(layout.ids[None], position_ids=layout.positions[None], use_cache=False, logits_to_keep=1)
+    return inputs[0], notes
+
+
+def judged(lm: LM, states: Tensor) -> Tensor:
+    """Logits (states, vocabulary) for outputs of the last layer (states, hidden), by the model's own norm and head."""
+    with _layers_replaced(reachable_decoder(lm.model).layers, lambda *_, **__: states[None]):
+        tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        return lm.model(tokens, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
 @contextmanager

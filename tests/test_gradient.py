@@ -1,0 +1,160 @@
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lrs_utils import GradientSearch, LayerScaling, Ledger, load_lm, score, search, tasks
+from lrs_utils.gradient import nll_gradient
+from lrs_utils.search import mixture
+
+SUITE = tasks.kv_retrieval(2, 3, keys="short")
+
+
+@pytest.mark.parametrize("scheme", ["pi", "ntk"])
+def test_the_gradient_is_the_slope_of_what_score_measures(lm, scheme):
+    values = np.array([[1.2, 0.9], [0.8, 1.3]])
+    scaling = LayerScaling(values[0], scheme, values[1])
+    nll, gradient = nll_gradient(lm, SUITE.probes[0], scaling)
+    suite = tasks.kv_retrieval(2, 1, keys="short")
+    assert nll == pytest.approx(score(lm, suite, [scaling]).nll.mean(), abs=1e-5)
+    h = 2e-4  # of a log: phases of some hundred radians must turn little, and nll is a float32
+    sides = []
+    for row, layer in np.ndindex(2, 2):
+        for sign in (h, -h):
+            moved = values.copy()
+            moved[row, layer] *= np.exp(sign)
+            sides.append(LayerScaling(moved[0], scheme, moved[1]))
+    slopes = np.diff(score(lm, suite, sides).nll.mean(axis=(1, 2)).reshape(2, 2, 2)[..., ::-1])[..., 0] / (2 * h)
+    np.testing.assert_allclose(gradient, slopes, atol=0.05 * np.abs(slopes).max() + 1e-3)
+    assert np.abs(gradient).max() > 1e-3
+
+
+def test_without_any_factor_the_gradient_still_depends_on_the_scheme(tiny, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    found = {}
+    for scheme in ("pi", "ntk"):
+        for _ in range(2):  # the second time from the ledger
+            nll, gradient = nll_gradient(tiny, SUITE.probes[0], LayerScaling((1.0, 1.0), scheme), ledger=ledger)
+            assert found.setdefault(scheme, (nll, gradient.tolist())) == (nll, gradient.tolist())
+    assert found["pi"][0] == found["ntk"][0]
+    assert found["pi"][1][0] != found["ntk"][1][0]
+    assert found["pi"][1][1] == pytest.approx(found["ntk"][1][1], rel=1e-3)
+
+
+def test_what_has_no_gradient_is_refused(tiny):
+    with pytest.raises(ValueError, match="scheme 'yarn' has no gradient"):
+        nll_gradient(tiny, SUITE.probes[0], LayerScaling((1.5, 1.0), "yarn"))
+    with pytest.raises(ValueError, match="factors has 3 values"):
+        nll_gradient(tiny, SUITE.probes[0], LayerScaling((1.5, 1.0, 1.0)))
+    with pytest.raises(ValueError, match="vary is 'all'"):
+        GradientSearch(tiny, SUITE, vary="all")
+    with pytest.raises(ValueError, match="weights has 1 values for 2 suites"):
+        GradientSearch(tiny, [SUITE, SUITE], weights=[1.0])
+    with pytest.raises(ValueError, match="beyond the window"):
+        nll_gradient(tiny, tasks.kv_retrieval(400, 1, keys="short").probes[0], LayerScaling((0.1, 1.0)))
+
+
+def descended(lm, ledger=None, vary="both", steps=12):
+    searcher = GradientSearch(
+        lm, SUITE, vary=vary, steps=steps, every=5, rate=0.05, temperature_rate=0.05, ledger=ledger
+    )
+    return searcher, search(lm, SUITE, searcher, budget=100, objective=mixture(1), ledger=ledger)
+
+
+def test_following_the_gradient_lowers_the_nll(tiny):
+    searcher, result = descended(tiny)
+    assert len(searcher.nll) == 12
+    assert result.candidates[0] == LayerScaling.identity(2)
+    assert len(result.candidates) == 4  # the start, and after 5, 10 and 12 steps
+    assert result.fitness[-1][0] > result.fitness[0][0] + 0.01
+    # 3 contexts of 2 questions for each candidate, and each step a gradient of 2 questions
+    assert result.answers == [6, 12 + 5 * 8, 18 + 10 * 8, 24 + 12 * 8]
+
+
+def test_what_is_not_varied_stays(tiny):
+    assert descended(tiny, vary="factors")[1].candidates[-1].temperatures is None
+    only_temperatures = descended(tiny, vary="temperatures")[1].candidates[-1]
+    assert set(only_temperatures.factors) == {1.0}
+    assert only_temperatures.temperatures is not None
+
+
+def test_a_mixture_follows_the_weighted_sum(tiny):
+    other = tasks.kv_retrieval(3, 2, seed=5, keys="short")
+    searcher = GradientSearch(tiny, [SUITE, other], weights=[1.0, 0.5], steps=1, every=1)
+    result = search(tiny, [SUITE, other], searcher, budget=2, objective=mixture(1.0, 0.5))
+    expected = sum(
+        weight * nll_gradient(tiny, suite.probes[next(i for i in order)], LayerScaling.identity(2))[1]
+        for suite, weight, order in zip(
+            (SUITE, other), (1.0, 0.5), [rng.permutation(n) for rng, n in _streams(3, 2)], strict=True
+        )
+    )
+    np.testing.assert_allclose(searcher.gradients[0], expected)
+    means = [score(tiny, suite, result.candidates).nll.mean(axis=(1, 2)) for suite in (SUITE, other)]
+    np.testing.assert_allclose([f[0] for f in result.fitness], -(means[0] + 0.5 * means[1]))
+
+
+def _streams(*sizes):
+    rng = np.random.default_rng(0)
+    return [(rng.spawn(1)[0], n) for n in sizes]
+
+
+def test_a_family_that_rotates_a_part_is_refused_temperatures_by_name():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    rotary = lm.model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq[:-1]
+    with pytest.raises(ValueError, match="LlamaForCausalLM rotates 6 of 8 head dimensions"):
+        GradientSearch(lm, SUITE, vary="temperatures")
+    GradientSearch(lm, SUITE, vary="factors")
+
+
+KILLED = """
+import sys
+from lrs_utils import GradientSearch, Ledger, load_lm, search, tasks
+from lrs_utils.search import mixture
+lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+suite = tasks.kv_retrieval(6, 5, keys="short")
+ledger = Ledger(sys.argv[1])
+print("ready", flush=True)
+searcher = GradientSearch(lm, suite, steps=60, every=20, rate=0.05, ledger=ledger)
+result = search(lm, suite, searcher, budget=9, objective=mixture(1), ledger=ledger)
+print([c.key for c in result.candidates], result.fitness, flush=True)
+"""
+
+
+def test_a_killed_gradient_search_ends_as_an_undisturbed_one(tmp_path):
+    def start(name):
+        return subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / name], stdout=subprocess.PIPE, text=True)
+
+    def known(name):
+        with sqlite3.connect(tmp_path / name) as db:
+            return db.execute("SELECT count(*) FROM gradients").fetchone()[0]
+
+    victim = start("killed")
+    victim.stdout.readline()
+    while known("killed") < 25 and victim.poll() is None:
+        time.sleep(0.001)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert 25 <= known("killed") < 60
+    endings = [start(name).communicate(timeout=300)[0].splitlines()[-1] for name in ("undisturbed", "killed")]
+    assert endings[0] == endings[1]
+    assert known("undisturbed") == known("killed") == 60  # none lost, none twice
+
+
+def test_gradients_ship_with_outcomes(tiny, tmp_path):
+    from lrs_utils.gradient import gradient_key
+
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    searcher, result = descended(tiny, ledger)
+    keys = [key for probe in SUITE.probes for key in (*probe.keys, gradient_key(probe, "pi"))]
+    candidates = [(tiny.fingerprint, scaling.key) for scaling in [*searcher.visited, *result.candidates]]
+    rows = ledger.export(tmp_path / "out.csv.gz", candidates, keys, "about")
+    fresh = Ledger(tmp_path / "fresh.sqlite")
+    assert fresh.load(tmp_path / "out.csv.gz") == rows == 4 * 6 + 12
+    again = descended(tiny, fresh)[1]
+    assert again.recomputed == 0
+    assert again.fitness == result.fitness
