@@ -174,6 +174,19 @@ def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: in
     return float(found.pvalue)
 
 
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """P-values of several tests corrected so that one false alarm among them all is as rare as p says (Holm 1979).
+
+    Parameters
+    ----------
+    p : array, shape (tests,)
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.asarray(np.minimum(corrected, 1.0)[np.argsort(order)])
+
+
 def chance_of_catching_up(difference: ArrayLike, n_contexts: int) -> NDArray[np.float64]:
     """One-sided p that a mean over all contexts, seen so far below 0, ends at 0 or above.
 

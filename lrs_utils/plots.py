@@ -178,6 +178,53 @@ def search_progress(result: SearchResult, *, ylabel: str, ax: Axes | None = None
     return _figure(ax)
 
 
+def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = None) -> Figure:
+    """Best so far against answers scored, one line for each way to search: mean of its seeds, least to most as a band.
+
+    Parameters
+    ----------
+    searches : DataFrame
+        A row for each candidate: `seed`, `answers` scored so far, the `best` so far, and the column `by`.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
+    at = np.linspace(0, searches["answers"].max(), 400)
+    styles = zip(["-", "--"], [_COLOURS] * 2, strict=True)
+    looks = [(colour, dash) for dash, colours in styles for colour in colours]
+    for (name, rows), (colour, dash) in zip(searches.groupby(by, sort=False), looks, strict=False):
+        lines = []
+        for _, one in rows.groupby("seed"):
+            last = np.searchsorted(one["answers"], at, side="right") - 1
+            line = np.where(last < 0, np.nan, one["best"].to_numpy()[last])
+            lines.append(np.where(at > one["answers"].iloc[-1], np.nan, line))
+        ax.plot(at, np.mean(lines, axis=0), color=colour, linestyle=dash, label=name)
+        if len(lines) > 1:
+            ax.fill_between(at, np.min(lines, axis=0), np.max(lines, axis=0), color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel="answers scored", ylabel=ylabel)
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _figure(ax)
+
+
+def pareto(points: pd.DataFrame, by: str, *, x: str, y: str, ax: Axes | None = None) -> Figure:
+    """What each way gains against what it costs, its doses joined by a line, and the front that none of all betters.
+
+    Parameters
+    ----------
+    points : DataFrame
+        Columns `x` (cost, less is better), `y` (gain) and `by`; of each way in the order of its doses.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
+    ordered = points.sort_values(x)
+    front = ordered[ordered[y] > ordered[y].cummax().shift(fill_value=-np.inf)]
+    ax.step(front[x], front[y], where="post", color="0.75", linewidth=4, label="front", zorder=0)
+    for (name, rows), colour, marker in zip(
+        points.groupby(by, sort=False), _COLOURS * 2, "osD^vPX*dh" * 2, strict=False
+    ):
+        ax.plot(rows[x], rows[y], color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _figure(ax)
+
+
 def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     """Seconds an answer against the number of pairs, and how much faster than decoding at `pairs`.
 

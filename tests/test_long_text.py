@@ -5,7 +5,9 @@ import shutil
 import pytest
 
 from lrs_utils.models import cache_folder
-from lrs_utils.tasks import files, long_texts
+from lrs_utils import LayerScaling, score
+from lrs_utils.perplexity import window_nll
+from lrs_utils.tasks import continuations, files, long_texts
 
 
 def test_the_book_is_whole():
@@ -13,6 +15,24 @@ def test_the_book_is_whole():
     assert book.startswith("PARADISE LOST")
     assert book.endswith("Through EDEN took thir solitarie way. \n     THE END.")
     assert len(book.split()) == 79_999
+
+
+def test_stretches_of_a_text_are_a_suite_whose_nll_is_the_text_s(tiny):
+    [text] = long_texts("factbook")
+    suite = continuations(text, 3, seed=2, words=60, judged=20)
+    assert suite == continuations(text, 3, seed=2, words=60, judged=20)
+    assert suite != continuations(text, 3, seed=3, words=60, judged=20)
+    outcomes = score(tiny, suite, [LayerScaling((1.2, 0.9))])
+    assert not outcomes.exact.any()
+    for probe, nll in zip(suite.probes, outcomes.nll[0, :, 0], strict=True):
+        stretch = probe.context + probe.questions[0].answer
+        assert len(stretch.split()) == 60
+        assert stretch in text
+        n, judged = (len(tiny.tokenizer(part)["input_ids"]) for part in (stretch, probe.questions[0].answer))
+        same = window_nll(tiny, stretch, [n], stride=judged, scaling=LayerScaling((1.2, 0.9)))
+        assert nll == pytest.approx(same.item(), abs=1e-5)
+    with pytest.raises(ValueError, match="the text has 3 words"):
+        continuations("too short indeed")
 
 
 def test_a_text_file_is_read_and_a_bad_one_named(tmp_path):

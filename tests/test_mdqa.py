@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lrs_utils.tasks import mdqa, mdqa_gold_moved
+from lrs_utils.tasks import capitals, mdqa, mdqa_gold_moved
 from lrs_utils.tasks.judging import best_subspan_em
 from lrs_utils.tasks.mdqa import Document, Item, mdqa_probe
 
@@ -199,3 +199,17 @@ def test_nll_is_of_an_answer_that_stands_in_the_passage_and_nothing_empty_is_loo
 def test_a_bad_oracle_file_is_named(tmp_path, records, message):
     with pytest.raises(ValueError, match=rf"nq-open-oracle\.jsonl\.gz.*{message}"):
         mdqa(1, 1, source="oracle", folder=oracle_folder(tmp_path, *records))
+
+
+def test_capitals_are_told_from_other_capitals():
+    suite = capitals(30, seed=1)
+    assert suite.probes == capitals(40, seed=1).probes[:30]
+    assert suite != capitals(30, seed=2)
+    for probe in suite.probes:
+        options = [question.answer for question in probe.questions]
+        assert len(set(options)) == 4
+        assert probe.context.startswith("The capital of ")
+    right = {probe.context: probe.questions[0].answer for probe in capitals(198).probes}
+    assert right["The capital of Estonia is"] == " Tallinn"
+    with pytest.raises(ValueError, match="there are 198 capitals for n_contexts 199"):
+        capitals(199)

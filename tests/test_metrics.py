@@ -7,6 +7,7 @@ from lrs_utils.metrics import (
     bootstrap_mean,
     chance_of_catching_up,
     first_middle_last,
+    holm,
     paired_test,
     rank_correlation,
     shift_test,
@@ -139,3 +140,10 @@ def test_shift_test_keeps_its_error_rate_where_layers_resemble_their_neighbours(
     assert np.mean(np.array(p) <= 0.05) < 0.09
     line = smooth()
     assert shift_test(line, line + 0.1 * smooth()) <= 2 / 30
+
+
+def test_holm_keeps_one_false_alarm_among_many_tests_rare():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5])  # by hand
+    assert holm([0.6, 0.9]).tolist() == [1, 1]
+    p = np.random.default_rng(0).random((2000, 8))  # eight tests of nothing
+    assert np.mean([(holm(row) <= 0.05).any() for row in p]) == pytest.approx(0.05, abs=0.015)

@@ -7,8 +7,8 @@ the cache, or read from your files. `scoring` asks it.
 from lrs_utils.tasks.chat import in_chat
 from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
-from lrs_utils.tasks.long_text import long_texts
-from lrs_utils.tasks.mdqa import mdqa, mdqa_gold_moved
+from lrs_utils.tasks.long_text import continuations, long_texts
+from lrs_utils.tasks.mdqa import capitals, mdqa, mdqa_gold_moved
 from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
@@ -16,6 +16,8 @@ __all__ = [
     "Probe",
     "Question",
     "Suite",
+    "capitals",
+    "continuations",
     "in_chat",
     "kv_gold_moved",
     "kv_official",

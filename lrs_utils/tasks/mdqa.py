@@ -174,6 +174,32 @@ def mdqa_gold_moved(
     return suites
 
 
+def capitals(n_contexts: int = 100, seed: int = 0, *, n_options: int = 4) -> Suite:
+    """What a model knows without any context: the capital of a country, to be told from other countries' capitals.
+
+    A check that runs offline of what a scaling costs beside long contexts. The options are the questions of a context,
+    the right one first: it is known where its nll is the least of them, `outcomes.nll.argmin(axis=2) == 0`.
+    """
+    known = [item for item in _factbook(None) if "capital" in item.question]
+    if not (1 <= n_contexts <= len(known) and 2 <= n_options <= len(known)):
+        raise ValueError(f"there are {len(known)} capitals for n_contexts {n_contexts} and n_options {n_options}")
+    probes = []
+    for context, i in enumerate(np.random.default_rng([seed, 4]).permutation(len(known))[:n_contexts]):
+        item, rng = known[i], np.random.default_rng([seed, context, 4])
+        others = [other.answers[0] for other in known if other.answers[0] != item.answers[0]]
+        options = [item.answers[0], *rng.choice(others, n_options - 1, replace=False).tolist()]
+        questions = (Question("", "", f" {option}", place) for place, option in enumerate(options))
+        country = item.gold.title
+        probes.append(Probe(f"The capital of {country} is", tuple(questions), n_options))
+    recipe = {"n_contexts": n_contexts, "seed": seed, "n_options": n_options}
+    return Suite(f"capitals-{n_options}", tuple(probes), recipe)
+
+
+def factbook_text() -> str:
+    """All passages of the factbook, one after the other: 20,000 words of plain prose."""
+    return "\n\n".join(dict.fromkeys(item.gold.text for item in _factbook(None)))
+
+
 def mdqa_probe(documents: Sequence[Document], asked: Mapping[int, Item]) -> Probe:
     """One context in the authors' layout, asked the question of each position in `asked`."""
     results = "\n".join(f"Document [{i}](Title: {d.title}) {d.text}" for i, d in enumerate(documents, 1))
