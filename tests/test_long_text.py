@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from lrs_utils.models import cache_folder
 from lrs_utils import LayerScaling, score
+from lrs_utils.models import cache_folder
 from lrs_utils.perplexity import window_nll
 from lrs_utils.tasks import continuations, files, long_texts
 
