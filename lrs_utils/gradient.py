@@ -1,11 +1,12 @@
 """The gradient of a suite's nll with respect to every layer's factor and temperature, and the search that follows it.
 
 A factor enters a model through one layer's cos and sin, so the nll of an answer can be differentiated in all of them at
-once, for about the price of three forward passes. Ours; the paper (2503.04355) searches without gradients.
+once, for about the price of four forward passes (one to compute activations again instead of keeping them). Ours; the
+paper (2503.04355) searches without gradients.
 """
 
 import hashlib
-import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, pack
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
-from lrs_utils.scoring import entered, judged
-from lrs_utils.searchers import Fitness
+from lrs_utils.scoring import entered, judged, refuse_beyond_window
+from lrs_utils.searchers import Fitness, varied
 from lrs_utils.tasks import Probe, Suite
 
 PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
@@ -62,8 +63,7 @@ def nll_gradient(
         if known is not None:
             return known
     packed = pack(lm, probe, "a context")
-    if packed.longest > lm.window * min(scaling.factors):
-        raise ValueError(f"the context has {packed.longest:,} tokens, beyond the window of {lm.name}")
+    refuse_beyond_window(lm, packed.longest, scaling, "a context")
     device = lm.model.device
     layout, layers = Layout([packed], device), reachable_decoder(lm.model).layers
     change = torch.zeros(2, len(layers), device=device, requires_grad=True)  # of log factors and log temperatures
@@ -74,21 +74,21 @@ def nll_gradient(
         for layer, given, factor, temperature in zip(layers, notes, *values, strict=True):
             own = tables.differentiable(given["position_embeddings"], factor, temperature, scaling.scheme)
             hidden = checkpoint(_layer_over, layout, layer, hidden, given, *own, use_reentrant=False)
+        at = layout.judged.to(hidden.device)
         losses = [
             checkpoint(_losses, lm, *part, use_reentrant=False)
-            for part in zip(*(torch.split(x, 256) for x in (hidden[0, layout.judged], layout.targets)), strict=True)
+            for part in zip(*(torch.split(x, 256) for x in (hidden[0, at], layout.targets.to(at.device))), strict=True)
         ]
-        owner = torch.as_tensor(packed.owner, device=device)
+        owner = torch.as_tensor(packed.owner, device=at.device)
         n_tokens = owner.bincount()
         nll = (torch.cat(losses) / n_tokens[owner]).sum() / len(n_tokens)
         [gradient] = torch.autograd.grad(nll, [change])
     if not gradient.isfinite().all():
         raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
-    digits = [[float(f"{value:.5g}") for value in row] for row in gradient.tolist()]  # as many as are exported
+    result = nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
     if ledger is not None:
-        key = gradient_key(probe, scaling.scheme)
-        ledger.record_gradient(lm.fingerprint, scaling.key, key, nll.item(), json.dumps(digits))
-    return nll.item(), np.array(digits)
+        result = ledger.record_gradient(lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme), *result)
+    return result
 
 
 def gradient_key(probe: Probe, scheme: str) -> str:
@@ -117,6 +117,8 @@ class GradientSearch:
         The rate falls to 0 over them, as half a cosine.
     rate, temperature_rate : float
         Adam's, of the logs of factors and of temperatures.
+    bounds : (low, high), optional
+        Of factors: none leaves them. Short of it a factor may fall until a context is beyond the window.
     every : int
         Steps between candidates.
     ledger : Ledger, optional
@@ -136,12 +138,12 @@ class GradientSearch:
         steps: int = 60,
         rate: float = 0.02,
         temperature_rate: float = 0.02,
+        bounds: tuple[float, float] | None = None,
         every: int = 10,
         ledger: Ledger | None = None,
         seed: int = 0,
     ) -> None:
-        if vary not in ("factors", "temperatures", "both"):
-            raise ValueError(f"vary is {vary!r}; choose factors, temperatures or both")
+        varied(vary)
         self._suites = [suites] if isinstance(suites, Suite) else list(suites)
         self._weights = [1.0] * len(self._suites) if weights is None else list(weights)
         if len(self._weights) != len(self._suites):
@@ -149,6 +151,7 @@ class GradientSearch:
         start = LayerScaling.identity(lm.num_layers) if start is None else start
         if vary != "factors":  # families that can't have temperatures are refused by name
             LayerScaling(start.factors, temperatures=(2.0,) * lm.num_layers).refuse_misfit(lm.model)
+        self._bounds = bounds
         self._lm, self._ledger, self._start, self._steps, self._every = lm, ledger, start, steps, every
         values = torch.tensor([start.factors, start.temperatures or (1.0,) * lm.num_layers]).log()
         self._logs = [row.requires_grad_() for row in values]
@@ -199,6 +202,8 @@ class GradientSearch:
             row.grad = torch.tensor(gradient, dtype=row.dtype)
         self._adam.step()
         self._cosine.step()
+        if self._bounds is not None:
+            self._logs[0].data.clamp_(*map(math.log, self._bounds))
         self.visited.append(scaling)
         self.nll.append(losses)
         self.gradients.append(total)

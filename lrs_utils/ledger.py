@@ -170,10 +170,15 @@ class Ledger:
             ).fetchone()
         return None if found is None else (found[0], np.array(json.loads(found[1])))
 
-    def record_gradient(self, model: str, scaling: str, questions: str, nll: float, gradient: str) -> None:
-        """Write what `find_gradient` finds, the gradient as JSON; what another process wrote first stays."""
+    def record_gradient(
+        self, model: str, scaling: str, questions: str, nll: float, gradient: NDArray[np.float64]
+    ) -> tuple[float, NDArray[np.float64]]:
+        """Write a gradient; returns what now stands there, as `record` does."""
         with self._explained(), self._transaction():
-            self._insert(model, scaling, [(questions, nll, gradient)], "gradients")
+            self._insert(model, scaling, [(questions, nll, json.dumps(gradient.tolist()))], "gradients")
+            standing = self.find_gradient(model, scaling, questions)
+        assert standing is not None
+        return standing
 
     def __len__(self) -> int:
         with self._explained():

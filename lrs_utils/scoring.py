@@ -29,6 +29,7 @@ from lrs_utils.progress import Progress
 from lrs_utils.scaling import UNSCALED, LayerScaling, PositionTables, Setting, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
+_TASK_CANDIDATES = 4  # of one batch of contexts in a task for an executor: enough tasks for many workers
 _CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
 _CACHED_TOKENS = 2**16  # of all answers decoded together, context included: 1.5 GiB of SmolLM2's keys and values
 _LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: what stays in a cache
@@ -127,8 +128,10 @@ def score(
     kept : Kept, optional
         What earlier calls on the same model left to be shared.
     executor : concurrent.futures.Executor, optional
-        Runs the model elsewhere, batch by batch: processes of this machine, or a cluster's (`Client.get_executor()` of
-        Dask, the extra `cluster`). Workers load the model by its name and compute; the ledger is written here only.
+        Runs the model elsewhere, in tasks of a batch and a few candidates: processes of this machine (started by
+        "spawn": torch does not survive a fork), or a cluster's (`Client.get_executor()` of Dask, the extra `cluster`).
+        Workers load the model by its name onto a device of the same kind, the first that they see, and compute; the
+        ledger is written here only. With `batch_tokens=1`, and as many threads, results are the same to the last bit.
 
     Raises
     ------
@@ -158,7 +161,7 @@ def score(
         batch = _next_batch(lm, suite, missing, tokens, kept)
         if not extrapolate:
             for c, (p, packed) in product(batch.candidates, zip(batch.contexts, batch.packs, strict=True)):
-                _refuse_beyond_window(lm, packed.longest, scalings[c], f"context {p} of {suite.name}")
+                refuse_beyond_window(lm, packed.longest, scalings[c], f"context {p} of {suite.name}")
         return batch
 
     def known(batch: _Batch, c: int, hits: NDArray[np.bool_], losses: NDArray[np.float64]) -> None:
@@ -176,17 +179,25 @@ def score(
     with bar.entered():
         bar.advance(missing[..., 0].size - unknown)
         if executor is not None:
-            waiting, unasked = {}, missing.copy()
+            batches, unasked = [], missing.copy()
             while unasked.any():
                 batch = next_batch(unasked, batch_tokens or _CPU_BATCH_TOKENS)
                 unasked[np.ix_(batch.candidates, batch.contexts)] = False
-                part = _part(lm, suite, scalings, batch, extrapolate, batch_tokens)
-                waiting[executor.submit(scored_elsewhere, *part)] = batch
-            for done in as_completed(waiting):
-                batch, (hits, losses, n_layers) = waiting[done], done.result()
-                for c, *rows in zip(batch.candidates, hits, losses, strict=True):
-                    known(batch, c, *rows)
-                layers_run += n_layers
+                # neighbours in the trie stay together
+                ordered = sorted(batch.candidates, key=lambda c: scalings[c].layers)
+                parts = (ordered[i : i + _TASK_CANDIDATES] for i in range(0, len(ordered), _TASK_CANDIDATES))
+                batches += [replace(batch, candidates=part) for part in parts]
+            options = {"extrapolate": extrapolate, "batch_tokens": batch_tokens}
+            waiting = {executor.submit(scored_elsewhere, *_task(lm, suite, scalings, b), options): b for b in batches}
+            try:
+                for done in as_completed(waiting):
+                    batch, (hits, losses, n_layers) = waiting[done], done.result()
+                    for c, *rows in zip(batch.candidates, hits, losses, strict=True):
+                        known(batch, c, *rows)
+                    layers_run += n_layers
+            finally:
+                for future in waiting:  # after an error; those done don't mind
+                    future.cancel()
         elif unknown:
             with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables:
                 room = _Room(lm.model.device, batch_tokens)
@@ -201,15 +212,19 @@ def score(
 
 
 def scored_elsewhere(
-    name: str, dtype: str, fingerprint: str, suite: Suite, scalings: Sequence[LayerScaling], options: Mapping[str, Any]
+    load: tuple[str, str, str],
+    fingerprint: str,
+    suite: Suite,
+    scalings: Sequence[LayerScaling],
+    options: Mapping[str, Any],
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], int]:
     """`score` in a worker process, which loads the model once: exact and nll (candidates, contexts, questions)."""
     with _one_at_a_time:  # threads of one process share the model
-        lm = _loaded(name, dtype)
+        lm = _loaded(*load)
         if lm.fingerprint != fingerprint:
             raise ValueError(
-                f"this worker's {name} has fingerprint {lm.fingerprint}, the search's {fingerprint}; give all machines "
-                "the same weights and tokenizer"
+                f"this worker's {lm.name} has fingerprint {lm.fingerprint}, the search's {fingerprint}; give all "
+                "machines the same weights and tokenizer"
             )
         outcomes = score(lm, suite, scalings, progress=Progress(0, ""), **options)
     return outcomes.exact, outcomes.nll, outcomes.layers_run
@@ -219,27 +234,20 @@ _one_at_a_time = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, dtype: str) -> LM:
-    return load_lm(name, dtype=dtype)
+def _loaded(name: str, dtype: str, device: str) -> LM:
+    return load_lm(name, dtype=dtype, device=device)
 
 
-def _part(
-    lm: LM,
-    suite: Suite,
-    scalings: Sequence[LayerScaling],
-    batch: "_Batch",
-    extrapolate: bool,
-    batch_tokens: int | None,
-) -> tuple[Any, ...]:
+def _task(
+    lm: LM, suite: Suite, scalings: Sequence[LayerScaling], batch: "_Batch"
+) -> tuple[tuple[str, str, str], str, Suite, list[LayerScaling]]:
     """What `scored_elsewhere` needs to measure a batch."""
     probes = [
         replace(probe, questions=tuple(probe.questions[q] for q in batch.asked))
         for probe in (suite.probes[p] for p in batch.contexts)
     ]
-    asked = [scalings[c] for c in batch.candidates]
-    dtype = str(lm.model.dtype).removeprefix("torch.")
-    options = {"extrapolate": extrapolate, "batch_tokens": batch_tokens}
-    return lm.name, dtype, lm.fingerprint, replace(suite, probes=tuple(probes)), asked, options
+    load = (lm.name, str(lm.model.dtype).removeprefix("torch."), lm.model.device.type)
+    return load, lm.fingerprint, replace(suite, probes=tuple(probes)), [scalings[c] for c in batch.candidates]
 
 
 @torch.inference_mode()
@@ -274,7 +282,7 @@ def generate_answers(
                 prompts = [lm.tokenizer(probe.context + probe.questions[q].prompt)["input_ids"] for q in missing]
                 if not extrapolate:
                     longest = max(map(len, prompts)) + max_new_tokens
-                    _refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
+                    refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
                 texts, keys = _decoded_together(lm, prompts, max_new_tokens), [probe.keys[q] for q in missing]
                 if ledger is not None:
                     texts = ledger.record_texts(lm.fingerprint, scaling.key, max_new_tokens, keys, texts)
@@ -346,7 +354,8 @@ def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kep
     return batch
 
 
-def _refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:
+def refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:
+    """Raise the ValueError of a prompt that is longer than the window after scaling."""
     # layer l sees positions up to length / s_l, so the smallest factor decides
     limit = int(lm.window * min(scaling.factors))
     if length > limit:

@@ -167,7 +167,7 @@ def search(
         As in `score`. Matrix products of another shape round differently on a GPU, and the nll may decide between
         candidates: fix it where two searches must agree to the last bit.
     executor : concurrent.futures.Executor, optional
-        Runs the model elsewhere, see `score`.
+        Runs the model elsewhere, see `score`; gradients are computed here.
     """
     suites = [suite] if isinstance(suite, Suite) else list(suite)
     if budget < 1:
@@ -183,7 +183,7 @@ def search(
             raise ValueError(f"suite {suites[0].name} has {len(suites[0].probes)} contexts; racing needs at least 4")
     result, kept, number, spent = SearchResult(), Kept(), 0, 0
     worth: dict[LayerScaling, NDArray[np.float64]] = {}  # context by context, of candidates that saw them all
-    n_contexts = sum(len(s.probes) for s in suites)
+    n_contexts, n_answers = sum(len(s.probes) for s in suites), sum(len(s.probes) * len(s.depths) for s in suites)
     with Progress(budget * n_contexts, "search").entered() as bar:
 
         def measured(candidates: Sequence[LayerScaling], first: int = 0, end: int | None = None) -> list[Outcomes]:
@@ -221,9 +221,7 @@ def search(
                 worth |= zip([asked[c] for c in alive], each, strict=True)
             searcher.tell(asked, told)
             for n in seen:
-                spent += (
-                    n * len(suites[0].depths) if n < n_contexts else sum(len(s.probes) * len(s.depths) for s in suites)
-                )
+                spent += n_answers * n // n_contexts
                 result.answers.append(spent + getattr(searcher, "answers", 0))
             result.candidates += asked
             result.fitness += told

@@ -22,13 +22,25 @@ _EVEN = (1 / 3, 1 / 2)  # coordinates of inner control points that stand evenly
 
 
 class Searcher(Protocol):
-    """What `search` needs of a way to search. Racing needs a `rival` as well, see `GeneticSearch`."""
+    """What `search` needs of a way to search.
+
+    Racing needs a `rival` as well, see `GeneticSearch`; a searcher that asks the model itself counts its `answers`, see
+    `GradientSearch`.
+    """
 
     def ask(self) -> list[LayerScaling]:
         """Propose candidates not proposed before; an empty list ends the search."""
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
         """Report the worth of candidates from the last `ask` (the first of them only, where the budget ended)."""
+
+
+def varied(vary: str) -> list[int]:
+    """Which of factors (0) and temperatures (1) a search varies."""
+    rows = {"factors": [0], "temperatures": [1], "both": [0, 1]}
+    if vary not in rows:
+        raise ValueError(f"vary is {vary!r}; choose {', '.join(rows)}")
+    return rows[vary]
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,7 @@ class Space:
     def __post_init__(self) -> None:
         if self.shape not in (*_N_POINTS, "free"):
             raise ValueError(f"shape is {self.shape!r}; choose one of {', '.join(_N_POINTS)}, free")
-        if self.vary not in ("factors", "temperatures", "both"):
-            raise ValueError(f"vary is {self.vary!r}; choose factors, temperatures or both")
+        varied(self.vary)
         if self.num_layers - self.first_layer < 2:
             raise ValueError(f"first_layer {self.first_layer} leaves fewer than 2 of {self.num_layers} layers to scale")
         for name in ("bounds", "temperature_bounds"):
@@ -101,15 +112,14 @@ class Space:
     @property
     def curve_bounds(self) -> list[tuple[float, float]]:
         """Bounds of each curve."""
-        both = {"factors": self.bounds, "temperatures": self.temperature_bounds}
-        return [bounds for name, bounds in both.items() if self.vary in (name, "both")]
+        return [(self.bounds, self.temperature_bounds)[row] for row in varied(self.vary)]
 
     @property
     def starts(self) -> list[float]:
         """Height of each flat first curve."""
         grid = self.grid(self.bounds)
-        both = {"factors": float(grid[len(grid) // 2]) if self.start is None else self.start, "temperatures": 1.0}
-        return [start for name, start in both.items() if self.vary in (name, "both")]
+        start = float(grid[len(grid) // 2]) if self.start is None else self.start
+        return [(start, 1.0)[row] for row in varied(self.vary)]
 
     def grid(self, bounds: tuple[float, float]) -> NDArray[np.float64]:
         """Values that a control point may take."""
@@ -478,10 +488,7 @@ class RefinementSearch:
     def __init__(
         self, start: LayerScaling, *, step: float = 0.05, vary: str = "factors", moves: int = 10, seed: int = 0
     ) -> None:
-        if vary not in ("factors", "temperatures", "both"):
-            raise ValueError(f"vary is {vary!r}; choose factors, temperatures or both")
-        kinds = [row for row, kind in enumerate(("factors", "temperatures")) if vary in (kind, "both")]
-        self._moves = [*product(kinds, range(len(start.factors)), (1 + step, 1 / (1 + step)))]
+        self._moves = [*product(varied(vary), range(len(start.factors)), (1 + step, 1 / (1 + step)))]
         self._rng, self._at_once, self._best = np.random.default_rng(seed), moves, start
         self._together: LayerScaling | None = None
         self._worth: dict[LayerScaling, Fitness | None] = {}  # None: asked

@@ -85,6 +85,8 @@ def continuations(text: str, n_contexts: int = 16, seed: int = 0, *, words: int 
     for context in range(n_contexts):
         start = int(np.random.default_rng([seed, context, 2]).integers(len(found) - words + 1))
         middle, end = start + words - judged, start + words
+        while middle < end - 1 and not re.match(r" \S", found[middle]):
+            middle += 1  # some tokenizers join a line break with what stands before it
         question = Question("", "", "".join(found[middle:end]), 0)
         probes.append(Probe("".join(found[start:middle]).lstrip(), (question,), 1))
     recipe = {"n_contexts": n_contexts, "seed": seed, "words": words, "judged": judged}
