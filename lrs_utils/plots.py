@@ -178,6 +178,22 @@ def search_progress(result: SearchResult, *, ylabel: str, ax: Axes | None = None
     return _figure(ax)
 
 
+def generations(result: SearchResult, shown: int = 4) -> Figure:
+    """Factors of every candidate of some generations, first to last, and the best of all up to then."""
+    numbers = np.unique(np.linspace(0, result.generation[-1], shown).round().astype(int))
+    figure, axes = plt.subplots(1, len(numbers), figsize=(2.5 * len(numbers), 2.6), sharey=True, squeeze=False)
+    for number, ax in zip(numbers, axes[0], strict=True):
+        last = len(result.generation) - result.generation[::-1].index(number)
+        best = result.fitness.index(max(result.fitness[:last]))
+        for candidate, generation in zip(result.candidates, result.generation, strict=True):
+            if generation == number:
+                ax.plot(candidate.factors, color=_COLOURS[0], alpha=0.35, linewidth=0.8)
+        ax.plot(result.candidates[best].factors, color=_COLOURS[1], linewidth=2)
+        ax.set(title=f"generation {number}", xlabel="layer")
+    axes[0, 0].set_ylabel("factor")
+    return figure
+
+
 def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = None) -> Figure:
     """Best so far against answers scored, one line for each way to search: mean of its seeds, least to most as a band.
 

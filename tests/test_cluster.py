@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -46,7 +47,14 @@ def test_a_cluster_gives_the_same_result_to_the_last_bit(tiny, client, tmp_path)
 
 
 def test_a_worker_killed_in_mid_run_costs_nothing_but_time(tiny, client, tmp_path):
-    here, ledger = searched(tiny), Ledger(tmp_path / "ledger.sqlite")
+    written = Counter()
+
+    class Watched(Ledger):
+        def record(self, model, scaling, questions, *values):
+            written[scaling, tuple(questions)] += 1
+            return super().record(model, scaling, questions, *values)
+
+    here, ledger = searched(tiny), Watched(tmp_path / "ledger.sqlite")
     pids = list(client.run(os.getpid).values())
     counts = []
 
@@ -58,14 +66,17 @@ def test_a_worker_killed_in_mid_run_costs_nothing_but_time(tiny, client, tmp_pat
                 os.kill(pids[0], signal.SIGKILL)
             time.sleep(0.001)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     there = searched(tiny, client.get_executor(), ledger)
     thread.join()
     assert 100 < counts[0] < 20 * 6 * 4, "killed in mid-run"
     assert there.candidates == here.candidates
     assert there.fitness == here.fitness
-    assert there.recomputed == len(ledger) == 20 * 6 * 4, "nothing lost, nothing twice"
+    assert len(ledger) == 20 * 6 * 4, "nothing lost"
+    assert set(written.values()) == {1}, "nothing twice"
+    client.wait_for_workers(2)
+    assert pids[0] not in client.run(os.getpid).values()
 
 
 def test_any_executor_will_do(tiny):
