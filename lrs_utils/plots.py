@@ -140,13 +140,13 @@ def heat_map(values: pd.DataFrame, *, xlabel: str, label: str, ax: Axes | None =
     return _figure(ax)
 
 
-def factors(scalings: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> Figure:
-    """Factor of every layer, one step line a scaling, with the baseline at 1."""
+def factors(scalings: Mapping[str, Sequence[float]], *, ylabel: str = "factor", ax: Axes | None = None) -> Figure:
+    """Factor (or temperature) of every layer, one step line a scaling, with the baseline at 1."""
     ax = ax or plt.subplots()[1]
     ax.axhline(1.0, color="0.6", linewidth=0.8)
     for (name, values), colour in zip(scalings.items(), _COLOURS, strict=False):
         ax.step(np.arange(len(values)), values, where="mid", color=colour, label=name)
-    ax.set(xlabel="layer", ylabel="factor")
+    ax.set(xlabel="layer", ylabel=ylabel)
     ax.legend(frameon=False)
     return _figure(ax)
 
