@@ -186,7 +186,8 @@ class GradientSearch:
         with Progress(left, "gradient").entered() as bar:
             for _ in range(left):
                 self._step()
-                bar.advance(1, f"step {len(self.nll)} of {self._steps}, nll {sum(self.nll[-1]):.4f}")
+                nll = ", ".join(f"{value:.3f}" for value in self.nll[-1])
+                bar.advance(1, f"step {len(self.nll)} of {self._steps}, nll {nll}")
         return [self.scaling] if left else []
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
