@@ -118,7 +118,7 @@ class GradientSearch:
     rate, temperature_rate : float
         Adam's, of the logs of factors and of temperatures.
     bounds : (low, high), optional
-        Of factors: none leaves them. Short of it a factor may fall until a context is beyond the window.
+        Of factors; by default none, so that a factor may fall until a context no longer fits into the window.
     every : int
         Steps between candidates.
     ledger : Ledger, optional
@@ -144,6 +144,11 @@ class GradientSearch:
         seed: int = 0,
     ) -> None:
         varied(vary)
+        for name, value in (("steps", steps), ("every", every)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if bounds is not None and not 0 < bounds[0] < bounds[1]:
+            raise ValueError(f"bounds is {bounds}; factors need 0 < low < high")
         self._suites = [suites] if isinstance(suites, Suite) else list(suites)
         self._weights = [1.0] * len(self._suites) if weights is None else list(weights)
         if len(self._weights) != len(self._suites):

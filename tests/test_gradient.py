@@ -54,6 +54,13 @@ def test_what_has_no_gradient_is_refused(tiny):
         GradientSearch(tiny, SUITE, vary="all")
     with pytest.raises(ValueError, match="weights has 1 values for 2 suites"):
         GradientSearch(tiny, [SUITE, SUITE], weights=[1.0])
+    for settings, message in (
+        ({"steps": 0}, "steps is 0"),
+        ({"every": 0}, "every is 0"),
+        ({"bounds": (2, 1)}, "bounds is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GradientSearch(tiny, SUITE, **settings)
     with pytest.raises(ValueError, match="beyond the window"):
         nll_gradient(tiny, tasks.kv_retrieval(400, 1, keys="short").probes[0], LayerScaling((0.1, 1.0)))
 

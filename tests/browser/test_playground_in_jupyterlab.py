@@ -137,7 +137,7 @@ def centre(page: Page, point: int) -> tuple[float, float]:
 
 
 def expect_status(page: Page, text: str) -> None:
-    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=120_000)
+    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=30_000)
 
 
 def note(name: str, milliseconds: float) -> None:
