@@ -1,0 +1,53 @@
+"""What a figure computes before it draws; that all of them draw is the notebooks' test."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from lrs_utils import LayerScaling, plots
+from lrs_utils.search import SearchResult
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def test_a_budget_line_is_the_mean_of_seeds_as_far_as_all_of_them_went():
+    rows = [
+        ("GA", 0, 10, 1.0),
+        ("GA", 0, 15, 3.0),
+        ("GA", 0, 20, 3.0),
+        ("GA", 1, 10, 2.0),
+        ("GA", 1, 30, 2.5),
+        ("line", 0, 40, 0.5),
+    ]
+    axes = plots.budget(pd.DataFrame(rows, columns=["by", "seed", "answers", "best"]), "by", ylabel="nats").axes[0]
+    genetic, line = axes.lines
+    at = {x: genetic.get_ydata()[np.searchsorted(genetic.get_xdata(), x)] for x in (9, 14, 16, 21)}
+    assert np.isnan(at[9]), "nothing is known before the first candidate"
+    assert (at[14], at[16], np.isnan(at[21])) == (1.5, 2.5, True)
+    assert line.get_ydata()[-1] == 0.5
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (np.nanmin(band), np.nanmax(band)) == (1, 3), "the band is least to most"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["GA", "line"]
+
+
+def test_the_front_leaves_out_what_another_point_betters():
+    rows = [("a", 0.0, 0.0), ("a", 2.0, 5.0), ("b", 1.0, 3.0), ("b", 3.0, 4.0)]
+    axes = plots.pareto(pd.DataFrame(rows, columns=["by", "cost", "gain"]), "by", x="cost", y="gain").axes[0]
+    front = axes.lines[0]
+    assert front.get_label() == "front"
+    assert np.array_equal(front.get_xydata(), [[0, 0], [1, 3], [2, 5]])
+    assert [line.get_label() for line in axes.lines[1:]] == ["a", "b"]
+
+
+def test_a_generation_shows_its_candidates_and_the_best_up_to_then():
+    candidates = [LayerScaling.uniform(1 + i / 10, 3) for i in range(5)]
+    fitness = [(0.1,), (0.5,), (0.2,), (0.3,), (0.9,)]
+    result = SearchResult(candidates, fitness, generation=[0, 0, 1, 1, 2])
+    first, second, third = plots.generations(result, shown=3).axes
+    assert [len(axes.lines) for axes in (first, second, third)] == [3, 3, 2]
+    assert [axes.lines[-1].get_ydata()[0] for axes in (first, second, third)] == [1.1, 1.1, 1.4]
