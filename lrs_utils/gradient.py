@@ -118,7 +118,7 @@ class GradientSearch:
     rate, temperature_rate : float
         Adam's, of the logs of factors and of temperatures.
     bounds : (low, high), optional
-        Of factors; by default none, so that a factor may fall until a context no longer fits into the window.
+        Of factors; by default only that the longest context fits into the window, with a tenth to spare.
     every : int
         Steps between candidates.
     ledger : Ledger, optional
@@ -156,6 +156,9 @@ class GradientSearch:
         start = LayerScaling.identity(lm.num_layers) if start is None else start
         if vary != "factors":  # families that can't have temperatures are refused by name
             LayerScaling(start.factors, temperatures=(2.0,) * lm.num_layers).refuse_misfit(lm.model)
+        if bounds is None:
+            longest = max(pack(lm, probe, "a context").longest for suite in self._suites for probe in suite.probes)
+            bounds = min(1.1 * longest / lm.window, *start.factors), math.inf
         self._bounds = bounds
         self._lm, self._ledger, self._start, self._steps, self._every = lm, ledger, start, steps, every
         values = torch.tensor([start.factors, start.temperatures or (1.0,) * lm.num_layers]).log()
@@ -208,8 +211,7 @@ class GradientSearch:
             row.grad = torch.tensor(gradient, dtype=row.dtype)
         self._adam.step()
         self._cosine.step()
-        if self._bounds is not None:
-            self._logs[0].data.clamp_(*map(math.log, self._bounds))
+        self._logs[0].data.clamp_(*map(math.log, self._bounds))
         self.visited.append(scaling)
         self.nll.append(losses)
         self.gradients.append(total)

@@ -9,6 +9,7 @@ import pytest
 
 from lrs_utils import GradientSearch, LayerScaling, Ledger, load_lm, score, search, tasks
 from lrs_utils.gradient import nll_gradient
+from lrs_utils.packed import pack
 from lrs_utils.search import mixture
 
 SUITE = tasks.kv_retrieval(2, 3, keys="short")
@@ -63,6 +64,16 @@ def test_what_has_no_gradient_is_refused(tiny):
             GradientSearch(tiny, SUITE, **settings)
     with pytest.raises(ValueError, match="beyond the window"):
         nll_gradient(tiny, tasks.kv_retrieval(400, 1, keys="short").probes[0], LayerScaling((0.1, 1.0)))
+
+
+def test_a_factor_does_not_fall_until_a_context_no_longer_fits(tiny):
+    start = LayerScaling.uniform(0.22, 2)  # 2,048 x 0.22 tokens fit, half of them would not
+    suite = tasks.kv_retrieval(12, 3, keys="short")
+    longest = max(pack(tiny, probe, "").longest for probe in suite.probes)
+    assert 0.11 < longest / 2048 < 1.1 * longest / 2048 < 0.22
+    searcher = GradientSearch(tiny, suite, start=start, steps=6, every=2, rate=3.0)
+    found = search(tiny, suite, searcher, budget=4, objective=mixture(1)).candidates
+    assert min(factor for c in found for factor in c.factors) == pytest.approx(1.1 * longest / 2048, abs=1e-4)
 
 
 def descended(lm, ledger=None, vary="both", steps=12):
