@@ -1,6 +1,7 @@
 """Every figure's drawing function, in one style: readable at half width, safe for colour-blind readers."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -230,11 +231,10 @@ def pareto(points: pd.DataFrame, by: str, *, x: str, y: str, ax: Axes | None = N
     """
     ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
     ordered = points.sort_values(x)
-    front = ordered[ordered[y] > ordered[y].cummax().shift(fill_value=-np.inf)]
+    front = ordered[ordered[y] > ordered[y].astype(float).cummax().shift(fill_value=-np.inf)]
     ax.step(front[x], front[y], where="post", color="0.75", linewidth=4, label="front", zorder=0)
-    for (name, rows), colour, marker in zip(
-        points.groupby(by, sort=False), _COLOURS * 2, "osD^vPX*dh" * 2, strict=False
-    ):
+    looks = zip(cycle(_COLOURS), cycle("osD^vP*"))  # of lengths that give each way a look of its own
+    for (name, rows), (colour, marker) in zip(points.groupby(by, sort=False), looks, strict=False):
         ax.plot(rows[x], rows[y], color=colour, marker=marker, markersize=4, linewidth=1, label=name)
     ax.set(xlabel=x, ylabel=y)
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -44,6 +44,12 @@ def test_the_front_leaves_out_what_another_point_betters():
     assert [line.get_label() for line in axes.lines[1:]] == ["a", "b"]
 
 
+def test_many_ways_are_told_apart_by_colour_and_marker():
+    points = pd.DataFrame({"way": [f"way {i}" for i in range(24)], "cost": range(24), "gain": range(24)})
+    ways = plots.pareto(points, "way", x="cost", y="gain").axes[0].lines[1:]
+    assert len({(line.get_color(), line.get_marker()) for line in ways}) == 24
+
+
 def test_a_generation_shows_its_candidates_and_the_best_up_to_then():
     candidates = [LayerScaling.uniform(1 + i / 10, 3) for i in range(5)]
     fitness = [(0.1,), (0.5,), (0.2,), (0.3,), (0.9,)]
