@@ -130,7 +130,7 @@ def test_a_family_that_rotates_a_part_is_refused_temperatures_by_name():
 
 KILLED = """
 import sys
-from lrs_utils import gradient, GradientSearch, Ledger, load_lm, search, tasks
+from lrs_utils import GradientSearch, Ledger, load_lm, search, tasks
 from lrs_utils.search import mixture
 lm = load_lm("tiny-llama", dtype="float32", device="cpu")
 suite = tasks.kv_retrieval(6, 5, keys="short")
