@@ -1,0 +1,95 @@
+"""The README's tables, written from data/results so that no number is copied by hand: `python -m lrs_utils.readme`.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what it shows is a function here.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    return pd.read_csv(_ROOT / "data" / "results" / f"{name}.csv", comment="#").to_dict("records")  # type: ignore[return-value]
+
+
+def _test() -> list[dict[str, str]]:
+    return [
+        {
+            "searcher, scheme, what varies, objective": r["way"],
+            "accuracy": f"{r['accuracy']:.3f}",
+            "points gained": f"{100 * r['gain']:+.1f} [{100 * r['gain_low']:+.1f}, {100 * r['gain_high']:+.1f}]",
+            "p": "" if r["way"] == "no scaling" else f"{r['p_unscaled']:.2g}",
+            "depths better, worse": f"{r['depths_better']}, {r['depths_worse']}",
+            "U": f"{r['U']:.3f}",
+            "nll": f"{r['nll']:.3f}",
+            "perplexity": f"{r['perplexity']:+.1f} %",
+        }
+        for r in _rows("test")
+    ]
+
+
+def _front() -> list[dict[str, str]]:
+    rows = sorted(_rows("front"), key=lambda row: -row["gain at +5 %"])
+    numbers = ["gain at +1 %", "gain at +5 %", "gain", "perplexity"]
+    return [{"searcher, scheme, what varies, objective": r["way"]} | {n: f"{r[n]:+.1f}" for n in numbers} for r in rows]
+
+
+def _transfer() -> list[dict[str, str]]:
+    table: dict[str, dict[str, str]] = {}
+    for r in _rows("transfer"):
+        if r["scaling"] == "no scaling":
+            table[r["on"]] = {"": r["on"], "no scaling": f"{r['value']:.2f}"}
+        else:
+            star = " *" if r["p"] < 0.05 else ""
+            table[r["on"]][r["scaling"]] = f"{r['change']:+.1f} [{r['low']:+.1f}, {r['high']:+.1f}]{star}"
+    return [*table.values()]
+
+
+def _held_out() -> list[dict[str, str]]:
+    def interval(r: dict[str, Any], name: str) -> str:
+        return f"{r[name]:.3f} [{r[f'{name}_low']:.3f}, {r[f'{name}_high']:.3f}]"
+
+    def p(r: dict[str, Any], name: str) -> str:
+        return "" if r["method"] == "no scaling" else f"{r[f'{name}_p']:.2g}"
+
+    return [
+        {"": r["method"], "U": interval(r, "U"), "p (U)": p(r, "U")}
+        | {"mean accuracy": interval(r, "accuracy"), "p (accuracy)": p(r, "accuracy")}
+        | {name: f"{r[f'at {at}']:.2f}" for name, at in {"first": 0, "middle": 9, "last": 19}.items()}
+        for r in _rows("held_out")
+    ]
+
+
+TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
+    "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """A README with every table written anew.
+
+    Raises
+    ------
+    ValueError
+        A table of a name that isn't known.
+    """
+
+    def written(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise ValueError(f"README.md asks for the table {match[1]!r}; there are {', '.join(TABLES)}")
+        rows = TABLES[match[1]]()
+        cells = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        return f"<!-- table {match[1]} -->\n{lines}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = _ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
