@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from unittest import mock
 
 import pytest
 from distributed import Client, LocalCluster
@@ -21,6 +22,7 @@ SUITE = tasks.kv_retrieval(4, 6, keys="short")
 @pytest.fixture(scope="module")
 def client():
     with (
+        mock.patch.dict(os.environ),  # workers are given one thread by the environment, this process with them
         LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
