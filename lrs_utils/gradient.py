@@ -8,6 +8,7 @@ paper (2503.04355) searches without gradients.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,10 @@ def nll_gradient(
     Raises
     ------
     ValueError
-        A scheme other than "pi" and "ntk", a model whose tables can't be differentiated, a context beyond the window.
+        Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
     """
-    if scaling.scheme not in ("pi", "ntk"):
-        raise ValueError(f"scheme {scaling.scheme!r} has no gradient here; use 'pi' or 'ntk'")
+    if scaling.scheme == "yarn":
+        raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
     if ledger is not None:
         known = ledger.find_gradient(lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme))
@@ -72,7 +73,7 @@ def nll_gradient(
         with torch.no_grad(), laid_out(layout):
             hidden, notes = entered(lm, layout)
         for layer, given, factor, temperature in zip(layers, notes, *values, strict=True):
-            own = tables.differentiable(given["position_embeddings"], factor, temperature, scaling.scheme)
+            own = tables.differentiable(given["position_embeddings"], scaling, factor, temperature)
             hidden = checkpoint(_layer_over, layout, layer, hidden, given, *own, use_reentrant=False)
         at = layout.judged.to(hidden.device)
         losses = [
@@ -183,7 +184,7 @@ class GradientSearch:
     def scaling(self) -> LayerScaling:
         """Where the search is."""
         values = [[round(value, 5) for value in row.exp().tolist()] for row in self._logs]
-        return LayerScaling(values[0], self._start.scheme, values[1])
+        return replace(self._start, factors=tuple(values[0]), temperatures=tuple(values[1]))
 
     def ask(self) -> list[LayerScaling]:
         """The start, then where the next few steps lead."""

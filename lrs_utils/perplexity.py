@@ -49,14 +49,14 @@ def window_nll(
     """
     scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
     ids = torch.tensor(lm.tokenizer(text)["input_ids"])
-    limit = int(lm.window * min(scaling.factors))
+    limit = lm.window * scaling.reach
     for length in lengths:
         if not stride < length <= len(ids):
             raise ValueError(f"length {length:,} is not between stride + 1 ({stride + 1}) and the text's {len(ids):,}")
         if length > limit and not extrapolate:
             raise ValueError(
-                f"length {length:,} is beyond what {lm.name} reads, {limit:,} (window {lm.window:,} x smallest factor "
-                f"{min(scaling.factors):g}); use extrapolate=True to go beyond the window"
+                f"length {length:,} is beyond what {lm.name} reads, {int(limit):,} (window {lm.window:,} x smallest "
+                f"factor {scaling.reach:g}); use extrapolate=True to go beyond the window"
             )
     ends = np.arange(max(lengths), len(ids) + 1, stride)
     if n_windows is not None:

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 SCHEMES = ("pi", "ntk", "yarn")
+DYNAMIC = "dynamic_ntk"
+COMBINATIONS = ("multiply", "divide")
 _YARN_ROTATIONS = (32, 1)  # beta_fast, beta_slow of YaRN and transformers
 
 
@@ -58,6 +60,35 @@ def scaled_frequencies(unscaled: Tensor, factor: float | Tensor, scheme: str, wi
         gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         return unscaled / factor * stretched + unscaled * (1 - stretched), gain
     raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+
+
+def layer_frequencies(
+    unscaled: Tensor, factor: float | Tensor, scheme: str, window: int, *, extension: float, combine: str, length: int
+) -> tuple[Tensor, float]:
+    """Frequencies of one layer of a model that is to read beyond its window, and what cos and sin are multiplied by.
+
+    What every layer has in common is the extension, L'/L; the layer's factor comes on top in one of two ways. Which of
+    them the paper (2503.04355) used is not known.
+
+    Parameters
+    ----------
+    unscaled, factor, window
+        As in `scaled_frequencies`.
+    scheme : str
+        One of its schemes, or "dynamic_ntk": "ntk" by max(1, e n / window - (e - 1)) for n tokens and extension e,
+        which leaves what is within the window alone (transformers' rope type "dynamic").
+    combine : str
+        "multiply": the scheme stretches by extension times factor. "divide": it stretches by the extension, then every
+        frequency is divided by the factor. With "pi" both are the same.
+    length : int
+        Tokens n that are read in all (only "dynamic_ntk" asks).
+    """
+    if scheme == DYNAMIC:
+        scheme, extension = "ntk", max(1.0, extension * length / window - (extension - 1))
+    if combine == "multiply":
+        return scaled_frequencies(unscaled, extension * factor, scheme, window)
+    frequencies, gain = scaled_frequencies(unscaled, extension, scheme, window)
+    return frequencies / factor, gain
 
 
 def decay_bound(distances: ArrayLike, frequencies: Tensor) -> NDArray[np.float64]:

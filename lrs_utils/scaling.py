@@ -15,17 +15,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from lrs_utils.rope import SCHEMES, scaled_frequencies
+from lrs_utils.rope import COMBINATIONS, DYNAMIC, SCHEMES, layer_frequencies
 
-Setting = tuple[float, float, str]  # factor, temperature, scheme of one layer
-UNSCALED: Setting = (1.0, 1.0, "pi")
+
+class Setting(NamedTuple):
+    """What one layer's cos and sin are made from (`rope.layer_frequencies`)."""
+
+    factor: float = 1.0
+    temperature: float = 1.0
+    scheme: str = SCHEMES[0]
+    extension: float = 1.0
+    combine: str = COMBINATIONS[0]
+
+
+UNSCALED = Setting()
 
 _scaled_decoders: WeakSet[nn.Module] = WeakSet()
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
@@ -45,7 +55,7 @@ class LayerScaling:
         nothing to scale, so their factor changes nothing.
     scheme : str
         How a factor enters the frequencies: "pi" (the paper's: all are divided by s_l), "ntk" or "yarn", which keep
-        the high ones (`rope.scaled_frequencies`).
+        the high ones (`rope.scaled_frequencies`), or "dynamic_ntk", which stretches by what is read (`extension`).
     temperatures : sequence of float, shape (layers,), optional
         t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
         single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
@@ -59,14 +69,31 @@ class LayerScaling:
     factors: tuple[float, ...]
     scheme: str = "pi"
     temperatures: tuple[float, ...] | None = None
+    extension: float = 1.0
+    combine: str = "multiply"
 
     def __init__(
-        self, factors: Sequence[float], scheme: str = "pi", temperatures: Sequence[float] | None = None
+        self,
+        factors: Sequence[float],
+        scheme: str = "pi",
+        temperatures: Sequence[float] | None = None,
+        *,
+        extension: float = 1.0,
+        combine: str = "multiply",
     ) -> None:
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        for name, value, known in (("scheme", scheme, (*SCHEMES, DYNAMIC)), ("combine", combine, COMBINATIONS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        if not (isinstance(extension, int | float) and 1 <= extension < math.inf):
+            raise ValueError(f"extension is {extension!r}; it must be a number from 1 on")
+        if scheme != DYNAMIC and extension == 1 and combine == "divide":
+            scheme = "pi"  # the division is all that is left
+        if scheme == "pi":
+            combine = "multiply"  # the same, so it must be the same value
         object.__setattr__(self, "factors", _positive("factors", factors))
         object.__setattr__(self, "scheme", scheme)
+        object.__setattr__(self, "extension", float(extension))
+        object.__setattr__(self, "combine", combine)
         if temperatures is not None:
             temperatures = _positive("temperatures", temperatures)
             if len(temperatures) != len(self.factors):
@@ -90,8 +117,11 @@ class LayerScaling:
 
     @property
     def key(self) -> str:
-        """Canonical text of what this scaling computes: without any factor but 1, schemes are the same."""
-        scheme = UNSCALED[2] if set(self.factors) == {1.0} else self.scheme
+        """Canonical text of what this scaling computes: without anything but factors 1, schemes are the same."""
+        extended = self.scheme == DYNAMIC or self.extension != 1
+        scheme = UNSCALED.scheme if not extended and set(self.factors) == {1.0} else self.scheme
+        if extended:
+            scheme += f" x{self.extension!r}" + " /" * (self.combine == "divide")
         parts = [scheme, ",".join(map(repr, self.factors))]
         if self.temperatures is not None:
             parts.append(",".join(map(repr, self.temperatures)))
@@ -100,25 +130,43 @@ class LayerScaling:
     @classmethod
     def from_key(cls, key: str) -> "LayerScaling":
         """The scaling that a key is of."""
-        scheme, factors, *temperatures = key.split("|")
+        head, factors, *temperatures = key.split("|")
         values = [tuple(map(float, part.split(","))) for part in (factors, *temperatures)]
-        return cls(values[0], scheme, values[1] if temperatures else None)
+        scheme, *more = head.split(" ")
+        extension = float(more[0].removeprefix("x")) if more else 1.0
+        combine = "divide" if more[1:] else "multiply"
+        return cls(values[0], scheme, values[1] if temperatures else None, extension=extension, combine=combine)
 
     @property
     def layers(self) -> tuple[Setting, ...]:
         """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
         temperatures = self.temperatures or (1.0,) * len(self.factors)
-        return tuple(
-            (factor, temperature, UNSCALED[2] if factor == 1 else self.scheme)
-            for factor, temperature in zip(self.factors, temperatures, strict=True)
-        )
+        return tuple(self._setting(f, t) for f, t in zip(self.factors, temperatures, strict=True))
+
+    def _setting(self, factor: float, temperature: float) -> Setting:
+        if self.scheme == DYNAMIC or self.combine == "divide":
+            return Setting(factor, temperature, self.scheme, self.extension, self.combine)
+        factor *= self.extension
+        return Setting(factor, temperature, UNSCALED.scheme if factor == 1 else self.scheme)
+
+    @property
+    def reach(self) -> float:
+        """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
+        return math.inf if self.scheme == DYNAMIC else self.extension * min(self.factors)
 
     @contextmanager
-    def applied_to(self, model: PreTrainedModel) -> Iterator[None]:
+    def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
         """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
 
         Hooks replace the `position_embeddings` that each decoder layer receives; no weight or buffer changes,
         and everything is taken off again on exit, also after an error.
+
+        Parameters
+        ----------
+        length : int, optional
+            Of "dynamic_ntk": tokens to read in all. By default what the first forward pass of a sequence reads, also
+            for what is generated after it: keys in the cache keep the frequencies that they were rotated by, so the
+            queries must too. (transformers changes them for each new token, and old keys no longer fit.)
 
         Raises
         ------
@@ -139,7 +187,7 @@ class LayerScaling:
             _scaled_decoders.add(decoder)
             stack.callback(_scaled_decoders.discard, decoder)
             if set(self.layers) != {UNSCALED}:
-                tables = stack.enter_context(PositionTables(model))
+                tables = stack.enter_context(PositionTables(model, length=length))
                 for layer, setting in zip(decoder.layers, self.layers, strict=True):
                     if setting != UNSCALED:
                         tables.prepare(setting)
@@ -173,7 +221,8 @@ class PositionTables:
         Position embeddings that the model's rotary embedding did not make.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, length: int | None = None) -> None:
+        self._fixed_length, self._length = length, 0
         self._name, self._rotary = model_name(model), reachable_decoder(model).rotary_emb
         rope_type = getattr(self._rotary, "rope_type", "default")
         for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
@@ -185,7 +234,7 @@ class PositionTables:
         self._window = int(model.config.get_text_config().max_position_embeddings)
         # copied while it has no hook: with it, every copy would hold a copy of all earlier ones
         self._unscaled = copy.deepcopy(self._rotary)
-        self._scaled: dict[Setting, nn.Module] = {}
+        self._scaled: dict[tuple[Setting, int], nn.Module] = {}
         # cos handed out by the rotary embedding -> how it was called and the tables made from that call so far. By
         # identity: several calls differ (Gemma 3 makes two kinds), and a layer receives the very cos of one of them.
         self._calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -209,19 +258,31 @@ class PositionTables:
         if setting not in tables:
             if len(tables) >= _TABLES_KEPT:
                 tables.clear()  # a search off the grid brings new factors without end
-            tables[setting] = self.prepare(setting)(*args, **kwargs)
+            length = self._read(*args, **kwargs) if setting.scheme == DYNAMIC else 0
+            tables[setting] = self.prepare(setting, length)(*args, **kwargs)
         return tables[setting]  # type: ignore[no-any-return]
 
-    def prepare(self, setting: Setting) -> nn.Module:
-        """The rotary embedding for a setting, or an error if the model has none."""
-        if setting not in self._scaled:
-            self._scaled[setting] = _scaled_rotary(self._unscaled, setting, self._window, name=self._name)
-        return self._scaled[setting]
+    def prepare(self, setting: Setting, length: int = 0) -> nn.Module:
+        """The rotary embedding for a setting (and the tokens read, if that matters), or an error if there is none."""
+        if (setting, length) not in self._scaled:
+            scaled = _scaled_rotary(self._unscaled, setting, self._window, length, name=self._name)
+            self._scaled[setting, length] = scaled
+        return self._scaled[setting, length]
 
-    def differentiable(self, given: Any, factor: Tensor, temperature: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-        """The tables of a setting whose numbers are tensors (scalars), for a gradient with respect to them."""
+    def _read(self, _: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> int:
+        """Tokens of the sequence: what its first forward pass reads, unless fixed."""
+        if self._fixed_length is not None:
+            return self._fixed_length
+        if int(position_ids.min()) == 0 or not self._length:  # else it goes on after a cache
+            self._length = int(position_ids.max()) + 1
+        return self._length
+
+    def differentiable(self, given: Any, scaling: LayerScaling, *values: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables of a layer whose factor and temperature are tensors (scalars), for a gradient by them."""
         args, kwargs, _ = self._calls[given[0]]
-        rotary = _scaled_rotary(self._unscaled, (factor, temperature, scheme), self._window, name=self._name)
+        setting: Any = (*values, scaling.scheme, scaling.extension, scaling.combine)
+        length = self._read(*args, **kwargs) if scaling.scheme == DYNAMIC else 0
+        rotary = _scaled_rotary(self._unscaled, setting, self._window, length, name=self._name)
         # transformers computes tables under `no_grad`, a decorator; beneath it stands the formula
         tables = inspect.unwrap(type(rotary).forward)(rotary, *args, **kwargs)
         if not all(table.requires_grad for table in tables):
@@ -250,6 +311,8 @@ def save_factors(path: str | Path, scaling: LayerScaling, **provenance: Any) -> 
         raise ValueError(f"provenance may not be called {', '.join(sorted(reserved))}: the file format uses that name")
     temperatures = None if scaling.temperatures is None else list(scaling.temperatures)
     head = {"format": _FORMAT, "version": _VERSION, "scheme": scaling.scheme}
+    if scaling.scheme == DYNAMIC or scaling.extension != 1:
+        head |= {"extension": scaling.extension, "combine": scaling.combine}
     content = head | {"factors": list(scaling.factors), "temperatures": temperatures} | provenance
     text = json.dumps(content, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +344,8 @@ def load_factors(path: str | Path) -> LayerScaling:
     if content.get("version") != _VERSION:
         raise ValueError(f"{path} has version {content.get('version')!r}; this lrs_utils reads version {_VERSION}")
     try:
-        return LayerScaling(content["factors"], content["scheme"], content.get("temperatures"))
+        extended = {name: content[name] for name in ("extension", "combine") if name in content}
+        return LayerScaling(content["factors"], content["scheme"], content.get("temperatures"), **extended)
     except KeyError as error:
         raise ValueError(f"{path} lacks the field {error}") from error
     except ValueError as error:
@@ -289,7 +353,7 @@ def load_factors(path: str | Path) -> LayerScaling:
 
 
 _FORMAT, _VERSION = "lrs-factors", 1
-_FILE_KEYS = {"format", "version", "scheme", "factors", "temperatures"}
+_FILE_KEYS = {"format", "version", "scheme", "factors", "temperatures", "extension", "combine"}
 
 
 def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -338,17 +402,17 @@ def _refuse_partial_rotary(model: PreTrainedModel) -> None:
             )
 
 
-def _scaled_rotary(
-    rotary: nn.Module, setting: Setting | tuple[Tensor, Tensor, str], window: int, *, name: str
-) -> nn.Module:
+def _scaled_rotary(rotary: nn.Module, setting: Setting, window: int, length: int, *, name: str) -> nn.Module:
     """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
-    factor, temperature, scheme = setting
+    factor, temperature, scheme, extension, combine = setting
     scaled = copy.deepcopy(rotary)
     found = {buffer: values for buffer, values in scaled.named_buffers(recurse=False) if buffer.endswith("inv_freq")}
     gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]
     for buffer, inv_freq in found.items():
         try:
-            frequencies, gain = scaled_frequencies(inv_freq, factor, scheme, window)
+            frequencies, gain = layer_frequencies(
+                inv_freq, factor, scheme, window, extension=extension, combine=combine, length=length
+            )
         except ValueError as error:
             raise ValueError(f"{name} can't be scaled: {error}") from error
         setattr(scaled, buffer, frequencies)

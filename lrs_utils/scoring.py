@@ -26,6 +26,7 @@ from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by, load_lm
 from lrs_utils.packed import Layout, Packed, laid_out, pack, shared_prefix
 from lrs_utils.progress import Progress
+from lrs_utils.rope import DYNAMIC
 from lrs_utils.scaling import UNSCALED, LayerScaling, PositionTables, Setting, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
@@ -143,6 +144,8 @@ def score(
         raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
     for scaling in scalings:
         scaling.refuse_misfit(lm.model)
+        if scaling.scheme == DYNAMIC:
+            batch_tokens = 1  # frequencies hang on the length of a context, so it must go alone
     kept = Kept(max_bytes=0) if kept is None else kept
     shape = (len(scalings), len(suite.probes), len(suite.depths))
     exact, nll, missing = np.zeros(shape, bool), np.zeros(shape), np.ones(shape, bool)
@@ -357,11 +360,11 @@ def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kep
 def refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:
     """Raise the ValueError of a prompt that is longer than the window after scaling."""
     # layer l sees positions up to length / s_l, so the smallest factor decides
-    limit = int(lm.window * min(scaling.factors))
+    limit = lm.window * scaling.reach
     if length > limit:
         raise ValueError(
-            f"{where} has {length:,} tokens with question and answer, but {lm.name} reads {limit:,} (window "
-            f"{lm.window:,} x smallest factor {min(scaling.factors):g}); use fewer items, or extrapolate=True "
+            f"{where} has {length:,} tokens with question and answer, but {lm.name} reads {int(limit):,} (window "
+            f"{lm.window:,} x smallest factor {scaling.reach:g}); use fewer items, or extrapolate=True "
             "to go beyond the window"
         )
 

@@ -6,7 +6,7 @@ on disk: resuming a search is running it again, with the ledger answering for wh
 """
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import product
 from typing import Any, Protocol
 
@@ -520,4 +520,4 @@ def _moved(scaling: LayerScaling, moves: Sequence[tuple[int, int, float]]) -> La
     values = np.array([scaling.factors, scaling.temperatures or (1.0,) * len(scaling.factors)])
     for row, layer, change in moves:
         values[row, layer] = round(values[row, layer] * change, 6)
-    return LayerScaling(values[0].tolist(), scaling.scheme, values[1].tolist())
+    return replace(scaling, factors=values[0].tolist(), temperatures=values[1].tolist())

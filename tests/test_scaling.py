@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
-from lrs_utils.scaling import PositionTables
+from lrs_utils.scaling import PositionTables, Setting
 
 
 @pytest.fixture
@@ -62,6 +62,81 @@ def test_uniform_ntk_and_yarn_equal_transformers(lm, ids, scheme, factor):
     for other in {"pi", "ntk", "yarn"} - {scheme}:
         with LayerScaling.uniform(factor, 2, other).applied_to(lm.model):
             assert not torch.allclose(scaled, logits(lm.model, ids))
+
+
+def with_short_window(lm, rope=None):
+    """The same weights with a window of 32 tokens, so that 70 are beyond it."""
+    config = copy.deepcopy(lm.model.config)
+    config.max_position_embeddings = 32
+    by_kind = config.rope_parameters
+    for parameters in [by_kind] if "rope_type" in by_kind else by_kind.values():
+        parameters |= rope or {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict(lm.model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_uniform_dynamic_ntk_equals_transformers_dynamic(lm, ids, factor):
+    ours, theirs = with_short_window(lm), with_short_window(lm, {"rope_type": "dynamic", "factor": factor})
+    for n in (70, 45, 20):  # longest first: transformers keeps the frequencies of the longest it has read
+        for combine in ("multiply", "divide"):
+            scaling = LayerScaling.identity(2)
+            scaling = LayerScaling(scaling.factors, "dynamic_ntk", extension=factor, combine=combine)
+            with scaling.applied_to(ours):
+                scaled = logits(ours, ids[:, :n])
+            fresh = with_short_window(lm, {"rope_type": "dynamic", "factor": factor})
+            torch.testing.assert_close(scaled, logits(fresh, ids[:, :n]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(ours, ids), logits(theirs, ids))
+
+
+@pytest.mark.parametrize("scheme", ["pi", "ntk", "yarn", "dynamic_ntk"])
+def test_two_ways_to_put_layer_factors_on_an_extension(scheme, ids):
+    model = with_short_window(load_lm("tiny-llama", dtype="float32", device="cpu"))
+    results = {}
+    for combine in ("multiply", "divide"):
+        with LayerScaling((1.3, 0.9), scheme, extension=2.0, combine=combine).applied_to(model):
+            results[combine] = logits(model, ids)
+    assert torch.equal(*results.values()) == (scheme == "pi")
+    stretch = 2.0 if scheme != "dynamic_ntk" else 2.0 * 70 / 32 - 1
+    static = "ntk" if scheme == "dynamic_ntk" else scheme
+    with LayerScaling((1.3 * stretch, 0.9 * stretch), static).applied_to(model):
+        torch.testing.assert_close(results["multiply"], logits(model, ids))
+
+
+@pytest.mark.parametrize("combine", ["multiply", "divide"])
+def test_generating_with_a_cache_reads_as_one_forward_pass_does(combine, ids):
+    model = with_short_window(load_lm("tiny-llama", dtype="float32", device="cpu"))
+    scaling = LayerScaling((1.3, 0.9), "dynamic_ntk", extension=1.5, combine=combine)
+    prompt, n_new = ids[:1, :40], 20
+    with scaling.applied_to(model):
+        text = model.generate(prompt, max_new_tokens=n_new, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with scaling.applied_to(model, length=40), torch.no_grad():
+        whole = model(text).logits[0]
+    assert torch.equal(whole[39:-1].argmax(-1), text[0, 40:])
+    longer = scaling.applied_to(model, length=60)  # the length that is known to come
+    with longer, torch.no_grad():
+        text = model.generate(prompt, max_new_tokens=n_new, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert torch.equal(model(text).logits[0, 39:-1].argmax(-1), text[0, 40:])
+
+
+def test_a_key_names_an_extension_and_only_what_differs():
+    extended = LayerScaling((1.5, 1.0), "ntk", (1.1, 1.0), extension=4, combine="divide")
+    assert extended.key == "ntk x4.0 /|1.5,1.0|1.1,1.0"
+    assert LayerScaling((1.5, 1.0), "ntk", extension=4).key == "ntk x4.0|1.5,1.0"
+    for scaling in (
+        extended,
+        LayerScaling((1.0, 1.0), "dynamic_ntk", extension=2),
+        LayerScaling((1.2, 1.0), extension=2),
+    ):
+        assert LayerScaling.from_key(scaling.key) == scaling
+    assert LayerScaling((1.5, 1.0), "ntk", combine="divide") == LayerScaling((1.5, 1.0))
+    assert LayerScaling((1.5, 1.0), extension=2, combine="divide") == LayerScaling((1.5, 1.0), extension=2)
+    assert LayerScaling((0.5, 1.0), extension=2).layers[0] == LayerScaling.identity(2).layers[0]
+    with pytest.raises(ValueError, match=r"extension is 0\.5; it must be a number from 1 on"):
+        LayerScaling((1.0,), extension=0.5)
+    with pytest.raises(ValueError, match="combine 'add' is unknown; choose one of multiply, divide"):
+        LayerScaling((1.0,), combine="add")
 
 
 def test_schemes_differ_only_where_a_factor_does(ids):
@@ -140,7 +215,7 @@ def test_a_factor_keeps_one_small_copy_of_the_rotary_embedding(lm):
     with PositionTables(lm.model) as tables:
         before = living()
         for step in range(6):
-            tables.prepare((0.9 - step / 10, 1.0, "pi"))
+            tables.prepare(Setting(0.9 - step / 10))
         assert living() == before + 6
 
 
