@@ -115,7 +115,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
         model.config._name_or_path = "SmolLM2-135M"
     nn.Module.to(model.requires_grad_(False), device)
     model.train(False)
-    lm = LM(model, tokenizer, name, _fingerprint(model, tokenizer))
+    lm = LM(model, tokenizer, name, fingerprint(model, tokenizer))
     _log.info("loaded %r", lm)
     return lm
 
@@ -151,7 +151,8 @@ def _checked_source(name: str) -> str:
     )
 
 
-def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What `LM.fingerprint` is, of a model as it is now."""
     digest = hashlib.sha256(type(model).__name__.encode())
     config = {k: v for k, v in model.config.get_text_config().to_dict().items() if k in _CONFIG_THAT_COUNTS}
     digest.update(repr(sorted(config.items(), key=lambda item: item[0])).encode())

@@ -33,10 +33,10 @@ def test_fingerprints_tell_models_and_precisions_and_single_weights_apart():
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
     changed, tokenizer = lm.model, lm.tokenizer
     changed.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
-    prints.append(models._fingerprint(changed, tokenizer))
+    prints.append(models.fingerprint(changed, tokenizer))
     changed.config.rope_parameters["rope_theta"] *= 2
-    prints.append(models._fingerprint(changed, tokenizer))
-    prints.append(models._fingerprint(changed, load_lm("smollm2-135m").tokenizer))
+    prints.append(models.fingerprint(changed, tokenizer))
+    prints.append(models.fingerprint(changed, load_lm("smollm2-135m").tokenizer))
     assert len(set(prints)) == len(prints)
 
 

@@ -1,0 +1,213 @@
+"""Training a language model inside its window, whatever positions its tokens are given (CREAM, 2406.07138, Section 3).
+
+A plain loop that ends in the same place however often it was killed: step s draws its documents and positions from the
+seed and s alone, and weights, optimiser and losses are on disk every few steps.
+"""
+
+import copy
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from lrs_utils.cream import Sampler
+from lrs_utils.models import LM, fingerprint
+from lrs_utils.progress import Progress
+from lrs_utils.scaling import LayerScaling
+
+Documents = Callable[[int, np.random.Generator], Sequence[NDArray[np.int64]]]  # so many, drawn at random
+
+
+def tokens_on_disk(lm: LM, texts: Sequence[str], path: str | Path) -> NDArray[np.uint32]:
+    """Texts as one row of tokens, written once and mapped into memory; between texts stands the end-of-text token."""
+    path = Path(path)
+    if not path.exists():
+        end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
+        ids = np.concatenate([np.array(lm.tokenizer(text)["input_ids"] + end, np.uint32) for text in texts])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(part, ids)
+        os.replace(part, path)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def stretches(tokens: NDArray[np.uint32], length: int) -> Documents:
+    """Documents that are stretches of a long row of tokens, from random places."""
+    if length > len(tokens):
+        raise ValueError(f"the text has {len(tokens):,} tokens; documents of {length:,} don't fit into it")
+
+    def draw(n: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        starts = rng.integers(len(tokens) - length + 1, size=n)
+        return [tokens[start : start + length].astype(np.int64) for start in starts]
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; everything that the result depends on beside model, documents and positions.
+
+    Parameters
+    ----------
+    steps, batch, accumulate : int
+        Optimiser steps; examples in a forward pass, and passes in a step.
+    rate : float
+        AdamW's, after `warmup` steps from 0, falling to 0 in a straight line.
+    lora : int, optional
+        Rank of LoRA's matrices on the projections of attention (peft); by default all weights are trained.
+    checkpointing : bool
+        Compute activations twice instead of keeping them.
+    """
+
+    steps: int
+    batch: int = 8
+    accumulate: int = 1
+    rate: float = 2e-5
+    warmup: int = 10
+    weight_decay: float = 0.0
+    lora: int | None = None
+    checkpointing: bool = False
+    seed: int = 0
+
+
+def train(
+    lm: LM,
+    documents: Documents,
+    sampler: Sampler,
+    training: Training,
+    folder: str | Path,
+    *,
+    scaling: LayerScaling | None = None,
+    about: Mapping[str, Any] | None = None,
+    save_every: int = 50,
+) -> tuple[LM, NDArray[np.float64]]:
+    """Train a model and return it, with the loss of every step in nats a token.
+
+    Parameters
+    ----------
+    lm : LM
+        Left as it is.
+    documents : function (n, generator) -> token arrays
+        At least as long as the sampler's window.
+    sampler : Sampler
+        Which tokens of a document are read, and the positions they are given (`cream`).
+    folder : path
+        For checkpoints. A run that was killed goes on from the last one; a finished one is read.
+    scaling : LayerScaling, optional
+        On the model while it trains: it stretches frequencies for the target length.
+    about : mapping of JSON values, optional
+        What documents and sampler are: a folder of a training that differs in it is refused.
+    save_every : int
+        Steps between checkpoints.
+
+    Raises
+    ------
+    ValueError
+        A folder that holds another training; a model that takes no `position_ids`.
+    """
+    if "position_ids" not in inspect.signature(lm.model.forward).parameters:
+        raise ValueError(f"{type(lm.model).__name__} takes no position_ids, so positions can't be manipulated")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**vars(training), "model": lm.fingerprint, "scaling": None if scaling is None else scaling.key}
+    described = json.dumps(settings | dict(about or {}), indent=1)
+    if (known := folder / "training.json").exists() and known.read_text() != described:
+        raise ValueError(f"{folder} holds another training (see {known}); give another folder")
+    known.write_text(described)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)  # LoRA's first weights
+        model = _trainable(copy.deepcopy(lm.model), training)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(weights, lr=training.rate, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, training))
+    losses = _resumed(folder / "checkpoint.pt", weights, adam, schedule)
+    bar = Progress(training.steps, "training")
+    with ExitStack() as stack:
+        stack.enter_context(bar.entered())
+        if scaling is not None:
+            stack.enter_context(scaling.applied_to(_bare(model)))
+        bar.advance(len(losses))
+        for step in range(len(losses), training.steps):
+            losses.append(_step(model, documents, sampler, training, step))
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            adam.step()
+            adam.zero_grad()
+            schedule.step()
+            if (step + 1) % save_every == 0 or step + 1 == training.steps:
+                _save(folder / "checkpoint.pt", weights, adam, schedule, losses)
+            bar.advance(1, f"loss {np.mean(losses[-20:]):.3f}")
+    trained = model.merge_and_unload() if training.lora else model
+    trained.requires_grad_(False).train(False)
+    return replace(lm, model=trained, fingerprint=fingerprint(trained, lm.tokenizer)), np.array(losses)
+
+
+def _trainable(model: PreTrainedModel, training: Training) -> Any:
+    if training.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+    if training.lora is None:
+        return model.requires_grad_(True).train()
+    from peft import LoraConfig, get_peft_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=training.lora, lora_alpha=2 * training.lora, target_modules=names, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).train()
+
+
+def _bare(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+
+
+def _rate(step: int, training: Training) -> float:
+    if step < training.warmup:
+        return (step + 1) / training.warmup
+    return (training.steps - step) / max(1, training.steps - training.warmup)
+
+
+def _step(model: Any, documents: Documents, sampler: Sampler, training: Training, step: int) -> float:
+    rng, total = np.random.default_rng([training.seed, step]), 0.0
+    for _ in range(training.accumulate):
+        drawn = documents(training.batch, rng)
+        positions, tokens = sampler([len(document) for document in drawn], rng)
+        read = np.array([document[t] for document, t in zip(drawn, tokens, strict=True)])
+        ids, at = (torch.from_numpy(x).to(model.device) for x in (read, positions))
+        loss = model(input_ids=ids, position_ids=at, labels=ids, use_cache=False).loss / training.accumulate
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of step {step} is {total}; lower the rate, or train in float32")
+    return total
+
+
+def _save(path: Path, weights: list[Any], adam: Any, schedule: Any, losses: list[float]) -> None:
+    part = path.with_suffix(f".{os.getpid()}")
+    state = {
+        "weights": [w.detach() for w in weights],
+        "adam": adam.state_dict(),
+        "schedule": schedule.state_dict(),
+        "losses": losses,
+    }
+    torch.save(state, part)
+    os.replace(part, path)  # whole or not at all
+
+
+def _resumed(path: Path, weights: list[Any], adam: Any, schedule: Any) -> list[float]:
+    if not path.exists():
+        return []
+    state = torch.load(path, weights_only=True, map_location=weights[0].device)
+    with torch.no_grad():
+        for weight, saved in zip(weights, state["weights"], strict=True):
+            weight.copy_(saved)
+    adam.load_state_dict(state["adam"])
+    schedule.load_state_dict(state["schedule"])
+    return [*state["losses"]]
