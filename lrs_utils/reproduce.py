@@ -1,6 +1,6 @@
 """Running the notebooks the same way everywhere: profiles, parameters, and where results go.
 
-`python -m lrs_utils.reproduce EXECUTED.ipynb` prints the summary of a notebook that was run.
+`python -m lrs_utils.reproduce` runs them all (`batch`); with an executed notebook it prints that one's summary.
 
 A notebook declares its parameters (cell tagged `parameters`) and calls `begin`. What is left None comes from
 `notebooks/profiles/<profile>.yaml`; anything misspelt or mistyped stops the run.
@@ -31,7 +31,8 @@ from lrs_utils.ledger import Ledger
 from lrs_utils.models import cache_folder
 from lrs_utils.progress import Progress
 
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS_FOLDER = "LRS_RESULTS"  # the variable that says where results go
 _SHIPPED = ".outcomes.csv.gz"
 _IPYTHON_NAMES = {"In", "Out"}
 
@@ -61,19 +62,25 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where results go: the repository for the plain `cpu` profile, else build/, so that no committed file changes.
+        """Where results go: $LRS_RESULTS, else the repository for the plain `cpu` profile, else build/.
+
+        So no committed file changes but by the plain `cpu` profile.
 
         Below it `figures/`, `data/results/` and `data/factors/`.
         """
+        if folder := os.environ.get(RESULTS_FOLDER):
+            return Path(folder)
         if self.profile == "cpu" and not self.overridden:
-            return _ROOT
+            return ROOT
         changed = "".join(f",{name}={value}" for name, value in sorted(self.overridden.items()))
-        return _ROOT / "build" / f"{self.profile}{changed}".replace("/", "-").replace(" ", "")
+        return ROOT / "build" / f"{self.profile}{changed}".replace("/", "-").replace(" ", "")
 
     @property
     def place(self) -> str:
         """`folder`, for people."""
-        return "the repository" if self.folder == _ROOT else str(self.folder.relative_to(_ROOT))
+        if self.folder == ROOT:
+            return "the repository"
+        return str(self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder)
 
     def path(self, relative: str) -> Path:
         """A file to write below `folder`, its parents made."""
@@ -90,7 +97,7 @@ class Run:
         if self.fresh:
             return Ledger(cache_folder() / f"ledger-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.sqlite")
         ledger = Ledger(cache_folder() / "ledger.sqlite")
-        for shipped in sorted((_ROOT / "data" / "results").glob(f"*{_SHIPPED}")):
+        for shipped in sorted((ROOT / "data" / "results").glob(f"*{_SHIPPED}")):
             ledger.load(shipped)
         return ledger
 
@@ -115,7 +122,7 @@ class Run:
             values.
         """
         about = json.dumps({"pieces": list(pieces), **settings})
-        path, committed = self.path(f"data/results/{name}.csv"), _ROOT / "data" / "results" / f"{name}.csv"
+        path, committed = self.path(f"data/results/{name}.csv"), ROOT / "data" / "results" / f"{name}.csv"
         if not self.fresh and committed.exists():
             text = committed.read_text(encoding="utf-8")
             if text.startswith(f"# {about} | "):
@@ -138,7 +145,7 @@ class Run:
 
     def find(self, relative: str) -> Path | None:
         """A result that another notebook writes: this run's own, else the repository's, else None."""
-        return next((path for path in (self.folder / relative, _ROOT / relative) if path.exists()), None)
+        return next((path for path in (self.folder / relative, ROOT / relative) if path.exists()), None)
 
     @property
     def command(self) -> str:
@@ -152,7 +159,7 @@ class Run:
     @property
     def provenance(self) -> str:
         """One line: command, versions, code revision."""
-        return f"{self.command} | {versions()} | code {_revision()}"
+        return f"{self.command} | {versions()} | code {revision()}"
 
 
 def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
@@ -171,7 +178,7 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
         An unknown parameter or profile, or a value of the wrong type; names it and what is allowed.
     """
     declared = dict(namespace["__annotations__"])
-    profiles = {path.stem: path for path in sorted((_ROOT / "notebooks" / "profiles").glob("*.yaml"))}
+    profiles = {path.stem: path for path in sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))}
     profile = namespace["profile"]
     if profile not in profiles:
         raise ValueError(f"profile is {profile!r}; choose one of {', '.join(profiles)}")
@@ -213,8 +220,9 @@ def versions() -> str:
     return f"Python {platform.python_version()} {packages}"
 
 
-def _revision() -> str:
-    git = ["git", "-C", str(_ROOT)]
+def revision() -> str:
+    """The commit that the code is of, with "+changes" where it differs from it."""
+    git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:
         return "unknown"
@@ -231,4 +239,9 @@ def printed_summary(path: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    print(printed_summary(sys.argv[1]))
+    if sys.argv[1:2] and sys.argv[1].endswith(".ipynb"):
+        print(printed_summary(sys.argv[1]))
+    else:
+        from lrs_utils.batch import main
+
+        sys.exit(main(sys.argv[1:]))

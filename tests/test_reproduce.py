@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lrs_utils import Ledger
-from lrs_utils.reproduce import _ROOT, begin, printed_summary, versions
+from lrs_utils.reproduce import ROOT, begin, printed_summary, versions
 
 
 def namespace(**changes):
@@ -24,7 +24,7 @@ def test_parameters_left_none_come_from_the_profile():
     assert (names["n_pairs"], names["bounds"]) == (8, [0.7, 1.2])
     assert run["n_pairs"] == 8
     assert not run.overridden
-    assert run.folder == _ROOT / "build" / "smoke"
+    assert run.folder == ROOT / "build" / "smoke"
     assert run.place == "build/smoke"
     assert begin("06_ga_search", namespace(profile="cpu"))["n_pairs"] == 20
 
@@ -35,20 +35,20 @@ def test_given_parameters_win_and_are_named_in_the_command_and_the_folder():
     assert names["n_pairs"] == run["n_pairs"] == 12
     assert run.command.endswith("-p profile cpu -p n_pairs 12 -p step 1")
     assert begin("x", namespace(bounds=[1.0, 1.5])).command.endswith("-y 'bounds: [1.0, 1.5]'")
-    assert run.folder == _ROOT / "build" / "cpu,n_pairs=12,step=1"
+    assert run.folder == ROOT / "build" / "cpu,n_pairs=12,step=1"
     assert versions() in run.provenance
 
 
 def test_only_the_plain_cpu_profile_writes_into_the_repository():
-    assert begin("x", namespace(profile="cpu")).folder == _ROOT
-    assert begin("x", namespace(profile="cpu", n_pairs=20)).folder == _ROOT  # the profile's own value
-    assert begin("x", namespace(profile="gpu")).folder == _ROOT / "build" / "gpu"
+    assert begin("x", namespace(profile="cpu")).folder == ROOT
+    assert begin("x", namespace(profile="cpu", n_pairs=20)).folder == ROOT  # the profile's own value
+    assert begin("x", namespace(profile="gpu")).folder == ROOT / "build" / "gpu"
 
 
 def test_a_whole_profile_file_may_be_injected():
     import yaml
 
-    settings = yaml.safe_load((_ROOT / "notebooks" / "profiles" / "gpu.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "notebooks" / "profiles" / "gpu.yaml").read_text())
     assert begin("x", namespace(**settings)).profile == "gpu"
 
 
@@ -80,8 +80,8 @@ def test_a_notebook_may_be_run_again_in_the_same_kernel():
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Runs whose repository and cache are elsewhere."""
-    (tmp_path / "notebooks").symlink_to(_ROOT / "notebooks")
-    monkeypatch.setattr("lrs_utils.reproduce._ROOT", tmp_path)
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -157,7 +157,7 @@ def test_shipped_outcomes_are_found_like_measured_ones(tmp_path, monkeypatch):
     import numpy as np
 
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lrs_utils.reproduce._ROOT", tmp_path)
+    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
     profiles = tmp_path / "notebooks" / "profiles"
     profiles.mkdir(parents=True)
     (profiles / "cpu.yaml").write_text("profile: cpu\n")

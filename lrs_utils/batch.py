@@ -1,0 +1,236 @@
+"""The whole collection in one command: `python -m lrs_utils.reproduce --profile smoke`.
+
+Each notebook runs by papermill in a process of its own and writes into a run folder, never over its source. A notebook
+that fails doesn't stop the others. What was run, with which settings and code, and what came of it is in the folder's
+manifest.json, for eyes in index.html.
+"""
+
+import argparse
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+
+from lrs_utils.reproduce import RESULTS_FOLDER, ROOT, revision, versions
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a notebook's run ended."""
+
+    notebook: str
+    status: str  # "ok" or "failed"
+    seconds: float
+    error: str  # its first line
+    digest: str  # of parameters and code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run notebooks as the command line asks; 1 where one failed, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(prog="python -m lrs_utils.reproduce", description=__doc__.partition("\n")[0])
+    parser.add_argument("--profile", default="cpu", help="file in notebooks/profiles (cpu)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of notebooks")
+    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at the same time (1)")
+    parser.add_argument("--resume", action="store_true", help="skip what finished with the same parameters and code")
+    parser.add_argument("--out", type=Path, help="the run folder (build/runs/PROFILE)")
+    options = parser.parse_args(arguments)
+    try:
+        notebooks = _chosen(options.only)
+        parameters = _parameters(options, notebooks)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = options.out or ROOT / "build" / "runs" / "-".join([options.profile, *options.given]).replace("/", "-")
+    if folder.exists() and not options.resume:
+        if not (folder / "manifest.json").exists():
+            parser.error(f"{folder} is no run folder; it is left as it is: give another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = {done.notebook: done for done in _finished(folder)} if options.resume else {}
+    results: dict[str, Done] = {}
+    lock = threading.Lock()
+
+    def run(path: Path) -> None:
+        digest = _digest(path, parameters[path.stem])
+        known = before.get(path.stem)
+        if known and known.status == "ok" and known.digest == digest and (folder / path.name).exists():
+            print(f"{path.stem}: finished before, skipped", flush=True)
+            done = known
+        else:
+            done = _executed(path, folder, parameters[path.stem], options.jobs, digest)
+        with lock:
+            results[path.stem] = done
+            _write_manifest(folder, options, [results[p.stem] for p in notebooks if p.stem in results])
+
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        list(pool.map(run, notebooks))
+    ended = [results[path.stem] for path in notebooks]
+    _write_index(folder, ended)
+    print(_summary(ended, folder))
+    return int(any(done.status != "ok" for done in ended))
+
+
+def _chosen(only: Sequence[str]) -> list[Path]:
+    every = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    unknown = [name for name in only if not any(path.stem == name or path.stem[:2] == name for path in every)]
+    if unknown:
+        raise ValueError(f"there is no notebook {unknown[0]!r}; there are {', '.join(path.stem for path in every)}")
+    return [path for path in every if not only or path.stem in only or path.stem[:2] in only]
+
+
+def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """What papermill gives each notebook: the profile, and of the given parameters those that it has."""
+    profiles = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
+    if options.profile not in profiles:
+        raise ValueError(f"there is no profile {options.profile!r}; there are {', '.join(profiles)}")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}; it must be at least 1")
+    known = {path.stem: set(papermill.inspect_notebook(str(path))) for path in notebooks}
+    given = {}
+    for text in options.given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"-p {text!r} is not of the form NAME=VALUE")
+        if not any(name in names for names in known.values()):
+            all_names = sorted(set().union(*known.values()))
+            raise ValueError(f"no notebook has a parameter {name!r}; they have {', '.join(all_names)}")
+        given[name] = yaml.safe_load(value)
+    fresh = {"fresh": True} if options.fresh else {}
+    return {
+        name: {"profile": options.profile} | {k: v for k, v in (given | fresh).items() if k in names}
+        for name, names in known.items()
+    }
+
+
+def _digest(path: Path, parameters: dict[str, Any]) -> str:
+    """Of all that a run depends on: parameters, the notebook's code, the profile and the module."""
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
+    files = sorted((ROOT / "lrs_utils").rglob("*.py"))
+    files.append(ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml")
+    parts = [json.dumps([parameters, code]), *(file.read_text(encoding="utf-8") for file in files)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _executed(path: Path, folder: Path, parameters: dict[str, Any], jobs: int, digest: str) -> Done:
+    out, start = folder / path.name, time.monotonic()
+    command = [sys.executable, "-m", "papermill", str(path), str(out), "--log-output", "--no-progress-bar"]
+    command += ["--cwd", str(path.parent), "-y", yaml.safe_dump(parameters)]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = os.environ | {RESULTS_FOLDER: str(folder), "PYTHONUNBUFFERED": "1"}
+    if jobs > 1:
+        environment |= {"OMP_NUM_THREADS": threads}
+    print(f"{path.stem}: started", flush=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
+    )
+    assert process.stdout is not None
+    last_line = time.monotonic()
+    tail: list[str] = []
+    for line in process.stdout:
+        tail = [*tail, line.rstrip()][-30:]
+        step = re.match(r"(\S.*?): +(\d+)% (\S+) \[(\S+?)<([^,]+),[^\]]*\](.*)", line)  # of `progress.Progress`
+        if step and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            print(f"{path.stem}: {step[1]} {step[2]} %, {step[5]} left{step[6].rstrip()[:80]}", flush=True)
+    failed = process.wait() != 0
+    seconds = time.monotonic() - start
+    error = _first_error(out, tail) if failed else ""
+    print(f"{path.stem}: {'failed: ' + error if failed else 'done'} after {seconds:.0f} s", flush=True)
+    return Done(path.stem, "failed" if failed else "ok", round(seconds, 1), error, digest)
+
+
+def _first_error(out: Path, tail: Sequence[str]) -> str:
+    if out.exists():
+        for cell in nbformat.read(out, as_version=4).cells:  # type: ignore[no-untyped-call]
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    return f"{output.ename}: {output.evalue}".partition("\n")[0]
+    return next((line for line in reversed(tail) if line.strip()), "no output")
+
+
+def _finished(folder: Path) -> list[Done]:
+    path = folder / "manifest.json"
+    if not path.exists():
+        return []
+    return [Done(**record) for record in json.loads(path.read_text(encoding="utf-8"))["notebooks"]]
+
+
+def _write_manifest(folder: Path, options: argparse.Namespace, ended: Sequence[Done]) -> None:
+    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{options.profile}.yaml").read_text(encoding="utf-8"))
+    results = [path for kind in ("data", "figures") for path in sorted((folder / kind).rglob("*")) if path.is_file()]
+    content = {
+        "command": "python -m lrs_utils.reproduce " + " ".join(_command_line(options)),
+        "versions": versions(),
+        "code": revision(),
+        "profile": profile,
+        "notebooks": [asdict(done) for done in ended],
+        "sha256": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in results},
+    }
+    part = folder / f"manifest.{os.getpid()}"
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, folder / "manifest.json")
+
+
+def _command_line(options: argparse.Namespace) -> list[str]:
+    words = ["--profile", options.profile]
+    words += ["--only", *options.only] if options.only else []
+    words += [word for given in options.given for word in ("-p", given)]
+    return words + ["--fresh"] * options.fresh
+
+
+def _write_index(folder: Path, ended: Sequence[Done]) -> None:
+    """A page with every executed notebook, and every figure beside the committed one."""
+    rows, figures = [], []
+    for done in ended:
+        executed = folder / f"{done.notebook}.ipynb"
+        name = done.notebook
+        if executed.exists():
+            from nbconvert import HTMLExporter
+
+            body, _ = HTMLExporter().from_filename(str(executed))  # type: ignore[no-untyped-call]
+            executed.with_suffix(".html").write_text(body, encoding="utf-8")
+            name = f'<a href="{done.notebook}.html">{done.notebook}</a>'
+        cells = (name, f"{done.seconds:.0f}", done.status, html.escape(done.error))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    for path in sorted((folder / "figures").glob("*")):
+        committed = ROOT / "figures" / path.name
+        same = "the same" if committed.exists() and committed.read_bytes() == path.read_bytes() else "differs"
+        if committed.exists():
+            shutil.copyfile(committed, folder / f"committed-{path.name}")
+        other = f'<img src="committed-{path.name}">' if committed.exists() else "none committed"
+        figures.append(
+            f'<tr><td>{path.name}<br>{same}</td><td><img src="figures/{path.name}"></td><td>{other}</td></tr>'
+        )
+    page = f"""<!doctype html><meta charset=utf-8><title>{folder.name}</title><style>
+body {{ font-family: sans-serif; margin: 2em }}
+td {{ padding: .3em .8em; vertical-align: top }} img {{ max-width: 38vw }}
+</style><h1>{folder.name}</h1><p>{html.escape(versions())}, code {revision()}</p>
+<table><tr><th>notebook<th>seconds<th>status<th>error</tr>{"".join(rows)}</table>
+<h2>Figures</h2><table><tr><th><th>this run<th>committed</tr>{"".join(figures)}</table>
+"""
+    (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def _summary(ended: Sequence[Done], folder: Path) -> str:
+    width = max(len(done.notebook) for done in ended)
+    lines = [f"{'notebook':<{width}}  seconds  status"]
+    lines += [f"{d.notebook:<{width}}  {d.seconds:>7.0f}  {d.status}  {d.error[:100]}".rstrip() for d in ended]
+    return "\n".join([*lines, f"in {folder}: index.html, manifest.json"])

@@ -1,0 +1,104 @@
+import json
+
+import nbformat
+import pytest
+
+from lrs_utils import batch
+from lrs_utils.batch import main
+
+PARAMETERS = 'profile: str = "cpu"  # a file\nn: int = 1  # a number\nfresh: bool = False  # anew'
+FIGURE = (
+    "import os, pathlib\nout = pathlib.Path(os.environ['LRS_RESULTS']) / 'figures'\n"
+    "out.mkdir(exist_ok=True)\n(out / f'01_{profile}.svg').write_text(f'<svg>{n}</svg>')"
+)
+
+
+def notebook(folder, name, *cells):
+    parameters = nbformat.v4.new_code_cell(PARAMETERS)
+    parameters.metadata["tags"] = ["parameters"]
+    book = nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def collection(tmp_path, monkeypatch):
+    """A repository of three notebooks, of which the second fails."""
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    (tmp_path / "lrs_utils").mkdir()
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "notebooks" / "profiles" / "smoke.yaml").write_text("profile: smoke\nseed: 7\n")
+    (tmp_path / "figures" / "01_smoke.svg").write_text("<svg>2</svg>")
+    notebook(tmp_path / "notebooks", "01_draws", FIGURE)
+    notebook(tmp_path / "notebooks", "02_fails", "x = 1", "raise ValueError('no such thing')")
+    notebook(tmp_path / "notebooks", "03_prints", "print('a long step: 40% 4/10 [00:01<00:02, 3it/s] note')")
+    monkeypatch.setattr(batch, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_failing_notebook_stops_nothing_and_is_told(collection, capfd, monkeypatch):
+    monkeypatch.setattr(batch, "_SECONDS_BETWEEN_LINES", 0.0)
+    sources = {path.name: path.read_bytes() for path in (collection / "notebooks").glob("*.ipynb")}
+    assert main(["--profile", "smoke", "-p", "n=2"]) == 1
+    printed = capfd.readouterr().out
+    folder = collection / "build" / "runs" / "smoke-n=2"
+    ended = [line.split() for line in printed.splitlines()[-4:-1]]
+    assert [(name, status) for name, _, status, *_ in ended] == [
+        ("01_draws", "ok"), ("02_fails", "failed"), ("03_prints", "ok")
+    ]  # fmt: skip
+    assert "02_fails: failed: ValueError: no such thing after" in printed
+    assert "03_prints: a long step 40 %, 00:02 left note" in printed
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["profile"] == {"profile": "smoke", "seed": 7}
+    assert manifest["command"].endswith("--profile smoke -p n=2")
+    assert list(manifest["sha256"]) == ["figures/01_smoke.svg"]
+    index = (folder / "index.html").read_text()
+    assert '<a href="02_fails.html">' in index
+    assert "the same" in index
+    assert (folder / "committed-01_smoke.svg").exists()
+    assert {path.name: path.read_bytes() for path in (collection / "notebooks").glob("*.ipynb")} == sources
+
+
+def test_resuming_skips_what_finished_with_the_same_parameters_and_code(collection, capfd):
+    assert main(["--profile", "smoke"]) == 1
+    notebook(collection / "notebooks", "02_fails", "print('mended')")
+    capfd.readouterr()
+    assert main(["--profile", "smoke", "--resume"]) == 0
+    printed = capfd.readouterr().out
+    assert "01_draws: finished before, skipped" in printed
+    assert "02_fails: done" in printed
+    notebook(collection / "notebooks", "01_draws", FIGURE, "print('changed')")
+    assert main(["--profile", "smoke", "--resume", "--jobs", "2"]) == 0
+    printed = capfd.readouterr().out
+    assert "01_draws: done" in printed
+    assert "02_fails: finished before, skipped" in printed
+    (collection / "lrs_utils" / "new.py").write_text("")
+    assert main(["--profile", "smoke", "--resume", "--only", "03"]) == 0
+    assert "03_prints: done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "smok"], "there is no profile 'smok'; there are smoke"),
+        (["--profile", "smoke", "--only", "09"], "there is no notebook '09'; there are 01_draws"),
+        (["--profile", "smoke", "-p", "m=2"], "no notebook has a parameter 'm'; they have fresh, n, profile"),
+        (["--profile", "smoke", "-p", "n"], "-p 'n' is not of the form NAME=VALUE"),
+        (["--profile", "smoke", "--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_a_wrong_command_line_runs_nothing(collection, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+    assert not (collection / "build").exists()
+
+
+def test_a_folder_that_is_no_run_folder_is_left_as_it_is(collection, capsys):
+    mine = collection / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--profile", "smoke", "--out", str(mine)])
+    assert "is no run folder" in capsys.readouterr().err
+    assert (mine / "thesis.txt").read_text() == "all of it"
