@@ -31,7 +31,7 @@ PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
 
 
 def nll_gradient(
-    lm: LM, probe: Probe, scaling: LayerScaling, *, ledger: Ledger | None = None
+    lm: LM, probe: Probe, scaling: LayerScaling, *, extrapolate: bool = False, ledger: Ledger | None = None
 ) -> tuple[float, NDArray[np.float64]]:
     """The nll of a context's questions, and its derivative by the log of each layer's factor and temperature.
 
@@ -41,6 +41,8 @@ def nll_gradient(
     ----------
     probe : Probe
         A context; the nll is the mean over its questions, as `score` measures it.
+    extrapolate : bool
+        Allow a context longer than the window.
     ledger : Ledger, optional
         Where a gradient known is found, and a new one is written.
 
@@ -64,7 +66,8 @@ def nll_gradient(
         if known is not None:
             return known
     packed = pack(lm, probe, "a context")
-    refuse_beyond_window(lm, packed.longest, scaling, "a context")
+    if not extrapolate:
+        refuse_beyond_window(lm, packed.longest, scaling, "a context")
     device = lm.model.device
     layout, layers = Layout([packed], device), reachable_decoder(lm.model).layers
     change = torch.zeros(2, len(layers), device=device, requires_grad=True)  # of log factors and log temperatures
@@ -119,9 +122,12 @@ class GradientSearch:
     rate, temperature_rate : float
         Adam's, of the logs of factors and of temperatures.
     bounds : (low, high), optional
-        Of factors; by default only that the longest context fits into the window, with a tenth to spare.
+        Of factors; by default only that the longest context fits into the window, with a tenth to spare (not with
+        `extrapolate`).
     every : int
         Steps between candidates.
+    extrapolate : bool
+        Allow contexts longer than the window.
     ledger : Ledger, optional
         Gradients found there are not computed again: a search that was killed goes on where it was.
     seed : int
@@ -141,6 +147,7 @@ class GradientSearch:
         temperature_rate: float = 0.02,
         bounds: tuple[float, float] | None = None,
         every: int = 10,
+        extrapolate: bool = False,
         ledger: Ledger | None = None,
         seed: int = 0,
     ) -> None:
@@ -158,9 +165,12 @@ class GradientSearch:
         if vary != "factors":  # families that can't have temperatures are refused by name
             LayerScaling(start.factors, temperatures=(2.0,) * lm.num_layers).refuse_misfit(lm.model)
         if bounds is None:
-            longest = max(pack(lm, probe, "a context").longest for suite in self._suites for probe in suite.probes)
-            bounds = min(1.1 * longest / lm.window, *start.factors), math.inf
-        self._bounds = bounds
+            low = 0.0
+            if not extrapolate:
+                longest = max(pack(lm, probe, "a context").longest for suite in self._suites for probe in suite.probes)
+                low = 1.1 * longest / (lm.window * replace(start, factors=(1.0,) * lm.num_layers).reach)
+            bounds = min(max(low, 1e-3), *start.factors), math.inf
+        self._bounds, self._extrapolate = bounds, extrapolate
         self._lm, self._ledger, self._start, self._steps, self._every = lm, ledger, start, steps, every
         values = torch.tensor([start.factors, start.temperatures or (1.0,) * lm.num_layers]).log()
         self._logs = [row.requires_grad_() for row in values]
@@ -205,7 +215,8 @@ class GradientSearch:
     def _step(self) -> None:
         scaling, total, losses = self.scaling, np.zeros((2, self._lm.num_layers)), []
         for suite, weight, order in zip(self._suites, self._weights, self._order, strict=True):
-            nll, gradient = nll_gradient(self._lm, suite.probes[next(order)], scaling, ledger=self._ledger)
+            probe = suite.probes[next(order)]
+            nll, gradient = nll_gradient(self._lm, probe, scaling, extrapolate=self._extrapolate, ledger=self._ledger)
             losses.append(nll)
             total += weight * gradient
         for row, gradient in zip(self._logs, total, strict=True):

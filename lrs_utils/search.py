@@ -145,6 +145,7 @@ def search(
     ledger: Ledger | None = None,
     objective: Objective = utilisation_then_nll,
     racing: float | None = None,
+    extrapolate: bool = False,
     batch_tokens: int | None = None,
     executor: Executor | None = None,
 ) -> SearchResult:
@@ -163,6 +164,8 @@ def search(
         `rival`. The number is the error rate: the chance that a candidate is stopped that would have ended as good
         (`chance_of_catching_up`, halved between the two looks). The objective's first number must be a mean over
         contexts. Without it every candidate sees every context: exactly the plain search.
+    extrapolate : bool
+        Allow prompts longer than the window, as in `score`.
     batch_tokens : int, optional
         As in `score`. Matrix products of another shape round differently on a GPU, and the nll may decide between
         candidates: fix it where two searches must agree to the last bit.
@@ -192,7 +195,7 @@ def search(
         def measured_on(suite: Suite, candidates: Sequence[LayerScaling], first: int, end: int | None) -> Outcomes:
             outcomes = score(
                 lm, replace(suite, probes=suite.probes[first:end]), candidates, ledger=ledger, progress=bar, kept=kept,
-                batch_tokens=batch_tokens, executor=executor,
+                extrapolate=extrapolate, batch_tokens=batch_tokens, executor=executor,
             )  # fmt: skip
             result.recomputed += outcomes.recomputed
             result.layers_run += outcomes.layers_run

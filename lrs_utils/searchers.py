@@ -67,8 +67,8 @@ class Space:
         layer, another from it on. "uniform": one value. "free": a value for each layer.
     vary : str
         "factors" (the paper's), "temperatures" or "both" (our extension, see `LayerScaling`).
-    scheme : str
-        How factors enter the frequencies (`rope.scaled_frequencies`).
+    scheme, extension, combine
+        How factors enter the frequencies, and what they come on top of: as in `LayerScaling`.
     first_layer : int
         Layers before it stay as they are.
     bounds, temperature_bounds : (low, high)
@@ -88,6 +88,8 @@ class Space:
     shape: str = "bezier"
     vary: str = "factors"
     scheme: str = "pi"
+    extension: float = 1.0
+    combine: str = "multiply"
     first_layer: int = 0
     bounds: tuple[float, float] = (1.0, 2.0)
     temperature_bounds: tuple[float, float] = (0.5, 2.0)
@@ -174,7 +176,8 @@ class Space:
         """What a genome stands for."""
         curves = [self._sampled(points, bounds) for points, bounds in zip(genome, self.curve_bounds, strict=True)]
         factors = (1.0,) * self.num_layers if self.vary == "temperatures" else curves[0]
-        return LayerScaling(factors, self.scheme, None if self.vary == "factors" else curves[-1])
+        temperatures = None if self.vary == "factors" else curves[-1]
+        return LayerScaling(factors, self.scheme, temperatures, extension=self.extension, combine=self.combine)
 
     def _sampled(self, points: Points, bounds: tuple[float, float]) -> tuple[float, ...]:
         if self.shape == "bezier":

@@ -34,6 +34,23 @@ def test_the_gradient_is_the_slope_of_what_score_measures(lm, scheme):
     assert np.abs(gradient).max() > 1e-3
 
 
+@pytest.mark.parametrize(("scheme", "combine"), [("ntk", "divide"), ("dynamic_ntk", "multiply"), ("pi", "multiply")])
+def test_the_gradient_goes_through_an_extension(tiny, scheme, combine):
+    def scaled(factor):
+        return LayerScaling((factor, 0.9), scheme, extension=2.0, combine=combine)
+
+    suite, h = tasks.kv_retrieval(2, 1, keys="short"), 2e-4
+    _, gradient = nll_gradient(tiny, suite.probes[0], scaled(1.2))
+    sides = [scaled(1.2 * np.exp(sign)) for sign in (h, -h)]
+    up, down = score(tiny, suite, sides).nll.mean(axis=(1, 2))
+    assert gradient[0, 0] == pytest.approx((up - down) / (2 * h), rel=0.1, abs=5e-3)
+    searcher = GradientSearch(tiny, suite, start=scaled(1.0), steps=2, every=2)
+    assert {
+        (c.scheme, c.extension, c.combine)
+        for c in search(tiny, suite, searcher, budget=2, objective=mixture(1)).candidates
+    } == {(scheme, 2.0, combine)}
+
+
 def test_without_any_factor_the_gradient_still_depends_on_the_scheme(tiny, tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     found = {}

@@ -292,3 +292,18 @@ def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
     monkeypatch.setattr(scoring, "_decoded_together", None)
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
+
+
+def test_dynamic_ntk_gives_each_context_the_frequencies_of_its_own_length(tiny):
+    window = 2048
+    suites = [
+        tasks.kv_retrieval(n, 1, keys="short") for n in (60, 100)
+    ]  # tokens are characters: one within, one beyond
+    scaling = LayerScaling((1.2, 0.9), "dynamic_ntk", extension=2.0)
+    assert pack(tiny, suites[0].probes[0], "").longest < window < pack(tiny, suites[1].probes[0], "").longest
+    within, beyond = (score(tiny, suite, [scaling]) for suite in suites)
+    static = LayerScaling((1.2, 0.9), "ntk")
+    np.testing.assert_allclose(within.nll, score(tiny, suites[0], [static]).nll, atol=1e-5)
+    stretch = 2.0 * pack(tiny, suites[1].probes[0], "").longest / window - 1
+    stretched = LayerScaling((1.2 * stretch, 0.9 * stretch), "ntk")
+    np.testing.assert_allclose(beyond.nll, score(tiny, suites[1], [stretched], extrapolate=True).nll, atol=1e-5)
