@@ -22,8 +22,9 @@ from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, pack
 from lrs_utils.progress import Progress
+from lrs_utils.rope import DYNAMIC
 from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
-from lrs_utils.scoring import entered, judged, refuse_beyond_window
+from lrs_utils.scoring import context_tokens, entered, judged, refuse_beyond_window
 from lrs_utils.searchers import Fitness, varied
 from lrs_utils.tasks import Probe, Suite
 
@@ -62,17 +63,18 @@ def nll_gradient(
         raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
     if ledger is not None:
-        known = ledger.find_gradient(lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme))
+        known = ledger.find_gradient(lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme, scaling.combine))
         if known is not None:
             return known
     packed = pack(lm, probe, "a context")
     if not extrapolate:
         refuse_beyond_window(lm, packed.longest, scaling, "a context")
+    length = context_tokens(lm, probe) if scaling.scheme == DYNAMIC else None
     device = lm.model.device
     layout, layers = Layout([packed], device), reachable_decoder(lm.model).layers
     change = torch.zeros(2, len(layers), device=device, requires_grad=True)  # of log factors and log temperatures
     values = change.exp() * torch.tensor([scaling.factors, scaling.temperatures or (1.0,) * len(layers)], device=device)
-    with torch.enable_grad(), attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables:
+    with torch.enable_grad(), attending_by(lm, "lrs_packed"), PositionTables(lm.model, length=length) as tables:
         with torch.no_grad(), laid_out(layout):
             hidden, notes = entered(lm, layout)
         for layer, given, factor, temperature in zip(layers, notes, *values, strict=True):
@@ -91,12 +93,16 @@ def nll_gradient(
         raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
     result = nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
     if ledger is not None:
-        result = ledger.record_gradient(lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme), *result)
+        result = ledger.record_gradient(
+            lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme, scaling.combine), *result
+        )
     return result
 
 
-def gradient_key(probe: Probe, scheme: str) -> str:
-    """What a context's gradient is filed under: by scheme too, which a key without factors leaves out."""
+def gradient_key(probe: Probe, scheme: str, combine: str = "multiply") -> str:
+    """What a context's gradient is filed under: by the way that factors enter too, which a key without factors leaves
+    out."""
+    scheme += " /" * (combine == "divide")
     return hashlib.sha256("|".join((scheme, *probe.keys)).encode()).hexdigest()[:16]
 
 
@@ -116,7 +122,7 @@ class GradientSearch:
     vary : str
         "factors", "temperatures" or "both".
     start : LayerScaling, optional
-        No scaling by default. Its scheme, "pi" or "ntk", is kept.
+        No scaling by default. Its scheme (not "yarn") and extension are kept.
     steps : int
         The rate falls to 0 over them, as half a cosine.
     rate, temperature_rate : float

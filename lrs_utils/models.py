@@ -110,7 +110,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     if name in _TINY:
         tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
     else:
-        source = _embedded_folder() if name == EMBEDDED else SMALL_FOLDER if name == SMALL else _checked_source(name)
+        source = _embedded_folder() if name == EMBEDDED else _checked_source(name)
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -145,7 +145,11 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return chosen
 
 
-def _checked_source(name: str) -> str:
+def _checked_source(name: str) -> str | Path:
+    if name == SMALL:
+        if not (SMALL_FOLDER / "config.json").exists():
+            raise ValueError(f"{SMALL} is not in {SMALL_FOLDER}; make it there: python -m lrs_utils.small (an hour)")
+        return SMALL_FOLDER
     if (name and Path(name).is_dir()) or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
         return name
     raise ValueError(

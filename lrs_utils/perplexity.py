@@ -55,8 +55,8 @@ def window_nll(
             raise ValueError(f"length {length:,} is not between stride + 1 ({stride + 1}) and the text's {len(ids):,}")
         if length > limit and not extrapolate:
             raise ValueError(
-                f"length {length:,} is beyond what {lm.name} reads, {int(limit):,} (window {lm.window:,} x smallest "
-                f"factor {scaling.reach:g}); use extrapolate=True to go beyond the window"
+                f"length {length:,} is beyond what {lm.name} reads, {int(limit):,} (window {lm.window:,} x "
+                f"{scaling.reach:g}); use extrapolate=True to go beyond the window"
             )
     ends = np.arange(max(lengths), len(ids) + 1, stride)
     if n_windows is not None:

@@ -4,6 +4,7 @@ Knows formulas only; `scaling` puts frequencies on a model, `entropy` measures w
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,28 +68,35 @@ def layer_frequencies(
 ) -> tuple[Tensor, float]:
     """Frequencies of one layer of a model that is to read beyond its window, and what cos and sin are multiplied by.
 
-    What every layer has in common is the extension, L'/L; the layer's factor comes on top in one of two ways. Which of
-    them the paper (2503.04355) used is not known.
+    What every layer has in common is the extension e, L'/L; the layer's factor comes on top in one of two ways. Which
+    of them the paper (2503.04355) used is not known.
 
     Parameters
     ----------
     unscaled, factor, window
         As in `scaled_frequencies`.
     scheme : str
-        One of its schemes, or "dynamic_ntk": "ntk" by max(1, e n / window - (e - 1)) for n tokens and extension e,
-        which leaves what is within the window alone (transformers' rope type "dynamic").
+        One of its schemes, or "dynamic_ntk": "ntk" by max(1, e n / window - (e - 1)) for n tokens, which leaves what
+        is within the window alone (transformers' rope type "dynamic").
     combine : str
-        "multiply": the scheme stretches by extension times factor. "divide": it stretches by the extension, then every
-        frequency is divided by the factor. With "pi" both are the same.
+        "multiply": the scheme is given e times the factor where it would be given e. "divide": it is given e, then
+        every frequency is divided by the factor. With "pi" both are the same.
     length : int
-        Tokens n that are read in all (only "dynamic_ntk" asks).
+        Tokens n (only "dynamic_ntk" asks).
+
+    Raises
+    ------
+    ValueError
+        An unknown way to combine, and what `scaled_frequencies` raises.
     """
+    if combine not in COMBINATIONS:
+        raise ValueError(f"combine {combine!r} is unknown; choose one of {', '.join(COMBINATIONS)}")
+    stretch: Any = extension * factor if combine == "multiply" else extension
     if scheme == DYNAMIC:
-        scheme, extension = "ntk", max(1.0, extension * length / window - (extension - 1))
-    if combine == "multiply":
-        return scaled_frequencies(unscaled, extension * factor, scheme, window)
-    frequencies, gain = scaled_frequencies(unscaled, extension, scheme, window)
-    return frequencies / factor, gain
+        scheme, stretch = "ntk", stretch * (length / window - 1) + 1
+        stretch = stretch.clamp(min=1) if isinstance(stretch, Tensor) else max(1.0, stretch)
+    frequencies, gain = scaled_frequencies(unscaled, stretch, scheme, window)
+    return (frequencies, gain) if combine == "multiply" else (frequencies / factor, gain)
 
 
 def decay_bound(distances: ArrayLike, frequencies: Tensor) -> NDArray[np.float64]:

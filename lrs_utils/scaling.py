@@ -38,6 +38,7 @@ class Setting(NamedTuple):
 UNSCALED = Setting()
 
 _scaled_decoders: WeakSet[nn.Module] = WeakSet()
+_COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
 
 
@@ -59,11 +60,17 @@ class LayerScaling:
     temperatures : sequence of float, shape (layers,), optional
         t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
         single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
+    extension : float
+        L'/L, from 1 on: what the scheme stretches every layer by, below the factors, so that a model reads beyond its
+        window.
+    combine : str
+        How a factor comes on top of it (`rope.layer_frequencies`): "multiply", into the scheme, or "divide", after it.
 
     Raises
     ------
     ValueError
-        A value that is not a positive finite number, an unknown scheme, or lengths that differ.
+        A value that is not a positive finite number, an extension below 1, an unknown scheme or way to combine, or
+        lengths that differ.
     """
 
     factors: tuple[float, ...]
@@ -84,12 +91,8 @@ class LayerScaling:
         for name, value, known in (("scheme", scheme, (*SCHEMES, DYNAMIC)), ("combine", combine, COMBINATIONS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-        if not (isinstance(extension, int | float) and 1 <= extension < math.inf):
+        if (_number(extension) or 0) < 1:
             raise ValueError(f"extension is {extension!r}; it must be a number from 1 on")
-        if scheme != DYNAMIC and extension == 1 and combine == "divide":
-            scheme = "pi"  # the division is all that is left
-        if scheme == "pi":
-            combine = "multiply"  # the same, so it must be the same value
         object.__setattr__(self, "factors", _positive("factors", factors))
         object.__setattr__(self, "scheme", scheme)
         object.__setattr__(self, "extension", float(extension))
@@ -106,9 +109,9 @@ class LayerScaling:
         object.__setattr__(self, "temperatures", temperatures)
 
     @classmethod
-    def uniform(cls, factor: float, num_layers: int, scheme: str = "pi") -> "LayerScaling":
-        """The same factor in each of `num_layers` layers."""
-        return cls((factor,) * num_layers, scheme)
+    def uniform(cls, factor: float, num_layers: int, scheme: str = "pi", **options: Any) -> "LayerScaling":
+        """The same factor in each of `num_layers` layers; `options` as in `LayerScaling`."""
+        return cls((factor,) * num_layers, scheme, **options)
 
     @classmethod
     def identity(cls, num_layers: int) -> "LayerScaling":
@@ -117,42 +120,50 @@ class LayerScaling:
 
     @property
     def key(self) -> str:
-        """Canonical text of what this scaling computes: without anything but factors 1, schemes are the same."""
-        extended = self.scheme == DYNAMIC or self.extension != 1
-        scheme = UNSCALED.scheme if not extended and set(self.factors) == {1.0} else self.scheme
-        if extended:
-            scheme += f" x{self.extension!r}" + " /" * (self.combine == "divide")
-        parts = [scheme, ",".join(map(repr, self.factors))]
+        """Canonical text of what this scaling computes: those that compute the same have the same."""
+        settings = self.layers
+        divided = {setting.scheme for setting in settings if setting.combine == "divide"}
+        if divided:
+            [head], factors = divided, self.factors
+            head += f" x{self.extension!r} /"
+        else:
+            factors = tuple(setting.factor for setting in settings)
+            head = next((setting.scheme for setting in settings if setting.scheme != UNSCALED.scheme), UNSCALED.scheme)
+        parts = [head, ",".join(map(repr, factors))]
         if self.temperatures is not None:
             parts.append(",".join(map(repr, self.temperatures)))
         return "|".join(parts)
 
     @classmethod
     def from_key(cls, key: str) -> "LayerScaling":
-        """The scaling that a key is of."""
+        """A scaling that computes what the key is of; an extension may have become part of its factors."""
         head, factors, *temperatures = key.split("|")
         values = [tuple(map(float, part.split(","))) for part in (factors, *temperatures)]
-        scheme, *more = head.split(" ")
-        extension = float(more[0].removeprefix("x")) if more else 1.0
-        combine = "divide" if more[1:] else "multiply"
-        return cls(values[0], scheme, values[1] if temperatures else None, extension=extension, combine=combine)
+        scheme, *divided = head.split(" ")
+        options: dict[str, Any] = {"extension": float(divided[0][1:]), "combine": "divide"} if divided else {}
+        return cls(values[0], scheme, values[1] if temperatures else None, **options)
 
     @property
     def layers(self) -> tuple[Setting, ...]:
         """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
         temperatures = self.temperatures or (1.0,) * len(self.factors)
-        return tuple(self._setting(f, t) for f, t in zip(self.factors, temperatures, strict=True))
+        return tuple(map(self._setting, self.factors, temperatures))
 
     def _setting(self, factor: float, temperature: float) -> Setting:
-        if self.scheme == DYNAMIC or self.combine == "divide":
-            return Setting(factor, temperature, self.scheme, self.extension, self.combine)
+        """The simplest setting that computes this layer."""
+        if self.combine == "divide" and self.scheme != "pi" and factor != 1:
+            if self.scheme != DYNAMIC and self.extension == 1:
+                return Setting(factor, temperature)  # the division is all that is left
+            return Setting(factor, temperature, self.scheme, self.extension, "divide")
         factor *= self.extension
-        return Setting(factor, temperature, UNSCALED.scheme if factor == 1 else self.scheme)
+        return Setting(factor, temperature, UNSCALED.scheme if factor == 1 and self.scheme != DYNAMIC else self.scheme)
 
     @property
     def reach(self) -> float:
         """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
-        return math.inf if self.scheme == DYNAMIC else self.extension * min(self.factors)
+        if self.scheme == DYNAMIC:  # stretches by what is read
+            return math.inf if self.combine == "multiply" else min(math.inf if f >= 1 else f for f in self.factors)
+        return self.extension * min(self.factors)
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
@@ -164,17 +175,20 @@ class LayerScaling:
         Parameters
         ----------
         length : int, optional
-            Of "dynamic_ntk": tokens to read in all. By default what the first forward pass of a sequence reads, also
-            for what is generated after it: keys in the cache keep the frequencies that they were rotated by, so the
+            Of "dynamic_ntk": tokens that it stretches for. By default what the first forward pass of a sequence reads,
+            also for what comes after it: keys in the cache keep the frequencies that they were rotated by, so the
             queries must too. (transformers changes them for each new token, and old keys no longer fit.)
 
         Raises
         ------
         ValueError
             The number of factors is not the model's number of layers, the model is already scaled, or its
-            family can't be reached this way (named in the message).
+            family can't be reached this way (named in the message); a length that is not positive or that the scheme
+            has no use for.
         """
         self.refuse_misfit(model)
+        if length is not None and (length < 1 or self.scheme != DYNAMIC):
+            raise ValueError(f"length is {length} with scheme {self.scheme!r}; give 1 or more, to {DYNAMIC!r} only")
         decoder = reachable_decoder(model)
 
         def replace_for(setting: Setting, tables: "PositionTables") -> Any:
@@ -213,6 +227,11 @@ class PositionTables:
     Call it with the `position_embeddings` that a decoder layer was given and a setting; the result is that layer's own
     version of the same call. `UNSCALED` gives back what was given, bit for bit.
 
+    Attributes
+    ----------
+    length : int or None
+        Tokens that "dynamic_ntk" stretches for; None: those of the first forward pass of a sequence.
+
     Raises
     ------
     ValueError
@@ -222,8 +241,9 @@ class PositionTables:
     """
 
     def __init__(self, model: PreTrainedModel, *, length: int | None = None) -> None:
-        self._fixed_length, self._length = length, 0
-        self._name, self._rotary = model_name(model), reachable_decoder(model).rotary_emb
+        self.length, self._read_first = length, 0
+        self._name, self._decoder = model_name(model), reachable_decoder(model)
+        self._rotary = self._decoder.rotary_emb
         rope_type = getattr(self._rotary, "rope_type", "default")
         for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
             if "dynamic" in kind or kind == "longrope":
@@ -240,11 +260,15 @@ class PositionTables:
         self._calls: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __enter__(self) -> "PositionTables":
-        self._handle = self._rotary.register_forward_hook(self._remember, with_kwargs=True)
+        self._handles = [
+            self._rotary.register_forward_hook(self._remember, with_kwargs=True),
+            self._decoder.register_forward_pre_hook(self._entered, with_kwargs=True),
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def __call__(self, given: Any, setting: Setting) -> tuple[Tensor, Tensor]:
         if given is None or given[0] not in self._calls:
@@ -258,30 +282,37 @@ class PositionTables:
         if setting not in tables:
             if len(tables) >= _TABLES_KEPT:
                 tables.clear()  # a search off the grid brings new factors without end
-            length = self._read(*args, **kwargs) if setting.scheme == DYNAMIC else 0
-            tables[setting] = self.prepare(setting, length)(*args, **kwargs)
+            tables[setting] = self.prepare(setting, self._stretched_for(setting.scheme, *args, **kwargs))(
+                *args, **kwargs
+            )
         return tables[setting]  # type: ignore[no-any-return]
 
     def prepare(self, setting: Setting, length: int = 0) -> nn.Module:
         """The rotary embedding for a setting (and the tokens read, if that matters), or an error if there is none."""
         if (setting, length) not in self._scaled:
+            if len(self._scaled) >= _COPIES_KEPT:
+                self._scaled.clear()
             scaled = _scaled_rotary(self._unscaled, setting, self._window, length, name=self._name)
             self._scaled[setting, length] = scaled
         return self._scaled[setting, length]
 
-    def _read(self, _: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> int:
-        """Tokens of the sequence: what its first forward pass reads, unless fixed."""
-        if self._fixed_length is not None:
-            return self._fixed_length
-        if int(position_ids.min()) == 0 or not self._length:  # else it goes on after a cache
-            self._length = int(position_ids.max()) + 1
-        return self._length
+    def _entered(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            self._read_first = 0  # a new sequence
+
+    def _stretched_for(self, scheme: str, _: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> int:
+        if scheme != DYNAMIC:
+            return 0
+        if self.length is None and not self._read_first:
+            self._read_first = int(position_ids.max()) + 1
+        return self.length or self._read_first
 
     def differentiable(self, given: Any, scaling: LayerScaling, *values: Tensor) -> tuple[Tensor, Tensor]:
         """The tables of a layer whose factor and temperature are tensors (scalars), for a gradient by them."""
         args, kwargs, _ = self._calls[given[0]]
         setting: Any = (*values, scaling.scheme, scaling.extension, scaling.combine)
-        length = self._read(*args, **kwargs) if scaling.scheme == DYNAMIC else 0
+        length = self._stretched_for(scaling.scheme, *args, **kwargs)
         rotary = _scaled_rotary(self._unscaled, setting, self._window, length, name=self._name)
         # transformers computes tables under `no_grad`, a decorator; beneath it stands the formula
         tables = inspect.unwrap(type(rotary).forward)(rotary, *args, **kwargs)
@@ -361,16 +392,22 @@ def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
         raise ValueError(f"{name} must be a sequence of numbers, one a layer, not {values!r}")
     checked = []
     for layer, value in enumerate(values):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not (math.isfinite(number) and number > 0):
+        number = _number(value)
+        if number is None or number <= 0:
             raise ValueError(f"{name}[{layer}] is {value!r}; it must be a positive finite number")
         checked.append(number)
     if not checked:
         raise ValueError(f"{name} is empty; give one value for each decoder layer")
     return tuple(checked)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float, whatever type it comes in."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def reachable_decoder(model: PreTrainedModel) -> Any:

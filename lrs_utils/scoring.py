@@ -144,8 +144,7 @@ def score(
         raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
     for scaling in scalings:
         scaling.refuse_misfit(lm.model)
-        if scaling.scheme == DYNAMIC:
-            batch_tokens = 1  # frequencies hang on the length of a context, so it must go alone
+    dynamic = any(scaling.scheme == DYNAMIC for scaling in scalings)
     kept = Kept(max_bytes=0) if kept is None else kept
     shape = (len(scalings), len(suite.probes), len(suite.depths))
     exact, nll, missing = np.zeros(shape, bool), np.zeros(shape), np.ones(shape, bool)
@@ -161,7 +160,8 @@ def score(
     bar = progress or Progress(missing[..., 0].size, "scoring")
 
     def next_batch(missing: NDArray[np.bool_], tokens: int) -> _Batch:
-        batch = _next_batch(lm, suite, missing, tokens, kept)
+        # frequencies that hang on the length of a context need one that goes alone
+        batch = _next_batch(lm, suite, missing, 1 if dynamic else tokens, kept)
         if not extrapolate:
             for c, (p, packed) in product(batch.candidates, zip(batch.contexts, batch.packs, strict=True)):
                 refuse_beyond_window(lm, packed.longest, scalings[c], f"context {p} of {suite.name}")
@@ -206,6 +206,7 @@ def score(
                 room = _Room(lm.model.device, batch_tokens)
                 while missing.any():
                     batch = next_batch(missing, room.tokens)
+                    tables.length = context_tokens(lm, suite.probes[batch.contexts[0]]) if dynamic else None
                     walk = _Walk(lm, batch, [scaling.layers for scaling in scalings], tables, kept)
                     with room.watched(batch):
                         for c, *rows in walk.outcomes(max(1, room.tokens // batch.n_tokens)):
@@ -277,7 +278,7 @@ def generate_answers(
     list of list of str, shape (contexts, questions)
     """
     answers = []
-    with scaling.applied_to(lm.model), Progress(len(suite.probes), "answering").entered() as bar:
+    with Progress(len(suite.probes), "answering").entered() as bar:
         found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, max_new_tokens)
         for p, probe in enumerate(suite.probes):
             missing = [q for q, key in enumerate(probe.keys) if key not in found]
@@ -286,7 +287,10 @@ def generate_answers(
                 if not extrapolate:
                     longest = max(map(len, prompts)) + max_new_tokens
                     refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
-                texts, keys = _decoded_together(lm, prompts, max_new_tokens), [probe.keys[q] for q in missing]
+                length = context_tokens(lm, probe) if scaling.scheme == DYNAMIC else None
+                with scaling.applied_to(lm.model, length=length):
+                    texts = _decoded_together(lm, prompts, max_new_tokens)
+                keys = [probe.keys[q] for q in missing]
                 if ledger is not None:
                     texts = ledger.record_texts(lm.fingerprint, scaling.key, max_new_tokens, keys, texts)
                 found |= zip(keys, texts, strict=True)
@@ -357,6 +361,12 @@ def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kep
     return batch
 
 
+def context_tokens(lm: LM, probe: Probe) -> int:
+    """What "dynamic_ntk" stretches for: the context, whatever is asked about it, so that a question's outcome doesn't
+    hang on which others are asked with it."""
+    return len(lm.tokenizer(probe.context)["input_ids"])
+
+
 def refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:
     """Raise the ValueError of a prompt that is longer than the window after scaling."""
     # layer l sees positions up to length / s_l, so the smallest factor decides
@@ -364,7 +374,7 @@ def refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str)
     if length > limit:
         raise ValueError(
             f"{where} has {length:,} tokens with question and answer, but {lm.name} reads {int(limit):,} (window "
-            f"{lm.window:,} x smallest factor {scaling.reach:g}); use fewer items, or extrapolate=True "
+            f"{lm.window:,} x {scaling.reach:g}); use fewer items, or extrapolate=True "
             "to go beyond the window"
         )
 

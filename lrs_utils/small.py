@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from lrs_utils import tasks
 from lrs_utils.cream import plain
 from lrs_utils.finetune import Documents, Training, stretches, tokens_on_disk, train
-from lrs_utils.models import LM, SMALL_FOLDER, cache_folder, fingerprint
+from lrs_utils.models import LM, SMALL_FOLDER, cache_folder, fingerprint, load_lm
 
 WINDOW = 256
 N_TRAINING_TEXTS = 32  # of Shakespeare's; the other ten are for measuring
@@ -86,7 +86,7 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
     every = np.arange(0, len(losses), 20)
     means = [losses[first : first + 20].mean() for first in every]
     pd.DataFrame({"step": every + 20, "loss": means}).to_csv(folder / "losses.csv", index=False, float_format="%.4f")
-    return lm
+    return load_lm(str(folder), dtype="float32")
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:

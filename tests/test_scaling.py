@@ -2,7 +2,9 @@ import copy
 import gc
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,9 +83,7 @@ def test_uniform_dynamic_ntk_equals_transformers_dynamic(lm, ids, factor):
     ours, theirs = with_short_window(lm), with_short_window(lm, {"rope_type": "dynamic", "factor": factor})
     for n in (70, 45, 20):  # longest first: transformers keeps the frequencies of the longest it has read
         for combine in ("multiply", "divide"):
-            scaling = LayerScaling.identity(2)
-            scaling = LayerScaling(scaling.factors, "dynamic_ntk", extension=factor, combine=combine)
-            with scaling.applied_to(ours):
+            with LayerScaling.uniform(1, 2, "dynamic_ntk", extension=factor, combine=combine).applied_to(ours):
                 scaled = logits(ours, ids[:, :n])
             fresh = with_short_window(lm, {"rope_type": "dynamic", "factor": factor})
             torch.testing.assert_close(scaled, logits(fresh, ids[:, :n]), rtol=1e-4, atol=1e-4)
@@ -98,10 +98,18 @@ def test_two_ways_to_put_layer_factors_on_an_extension(scheme, ids):
         with LayerScaling((1.3, 0.9), scheme, extension=2.0, combine=combine).applied_to(model):
             results[combine] = logits(model, ids)
     assert torch.equal(*results.values()) == (scheme == "pi")
-    stretch = 2.0 if scheme != "dynamic_ntk" else 2.0 * 70 / 32 - 1
     static = "ntk" if scheme == "dynamic_ntk" else scheme
-    with LayerScaling((1.3 * stretch, 0.9 * stretch), static).applied_to(model):
+    stretches = [2.0 * s * (70 / 32 - 1) + 1 if scheme == "dynamic_ntk" else 2.0 * s for s in (1.3, 0.9)]
+    with LayerScaling(stretches, static).applied_to(model):
         torch.testing.assert_close(results["multiply"], logits(model, ids))
+    # divided: the extension alone, then positions further apart
+    extended = LayerScaling.uniform(1, 2, scheme, extension=2.0)
+    with PositionTables(model, length=70) as tables:
+        divided = LayerScaling((1.3, 0.9), scheme, extension=2.0, combine="divide").layers
+        for setting, factor in zip(divided, (1.3, 0.9), strict=True):
+            own, base = tables.prepare(setting, 70), tables.prepare(extended.layers[0], 70)
+            torch.testing.assert_close(own.inv_freq * factor, base.inv_freq)
+            assert own.attention_scaling == base.attention_scaling, "YaRN's gain is the extension's"
 
 
 @pytest.mark.parametrize("combine", ["multiply", "divide"])
@@ -123,20 +131,37 @@ def test_generating_with_a_cache_reads_as_one_forward_pass_does(combine, ids):
 def test_a_key_names_an_extension_and_only_what_differs():
     extended = LayerScaling((1.5, 1.0), "ntk", (1.1, 1.0), extension=4, combine="divide")
     assert extended.key == "ntk x4.0 /|1.5,1.0|1.1,1.0"
-    assert LayerScaling((1.5, 1.0), "ntk", extension=4).key == "ntk x4.0|1.5,1.0"
-    for scaling in (
-        extended,
-        LayerScaling((1.0, 1.0), "dynamic_ntk", extension=2),
-        LayerScaling((1.2, 1.0), extension=2),
-    ):
-        assert LayerScaling.from_key(scaling.key) == scaling
-    assert LayerScaling((1.5, 1.0), "ntk", combine="divide") == LayerScaling((1.5, 1.0))
-    assert LayerScaling((1.5, 1.0), extension=2, combine="divide") == LayerScaling((1.5, 1.0), extension=2)
-    assert LayerScaling((0.5, 1.0), extension=2).layers[0] == LayerScaling.identity(2).layers[0]
+    assert LayerScaling((1.5, 1.0), "ntk", extension=4).key == LayerScaling((6, 4), "ntk").key == "ntk|6.0,4.0"
+    dynamic = LayerScaling((1.0, 1.5), "dynamic_ntk", extension=2)
+    assert dynamic.key == "dynamic_ntk|2.0,3.0"
+    for scaling in (extended, dynamic, LayerScaling((1.2, 1.0), extension=2), replace(dynamic, combine="divide")):
+        again = LayerScaling.from_key(scaling.key)
+        assert (again.key, again.layers) == (scaling.key, scaling.layers)
+    assert LayerScaling((1.5, 1.0), "ntk", combine="divide").key == LayerScaling((1.5, 1.0)).key
+    assert LayerScaling((1.5, 1.0), extension=2, combine="divide").key == LayerScaling((3, 2)).key
+    for scheme in ("pi", "ntk", "yarn", "dynamic_ntk"):
+        uniform = [LayerScaling.uniform(1, 2, scheme, extension=2, combine=c) for c in ("multiply", "divide")]
+        assert uniform[0].key == uniform[1].key
+        assert uniform[0].layers == uniform[1].layers
+    assert LayerScaling((0.5, 0.5), "ntk", extension=2).key == LayerScaling.identity(2).key
+    assert LayerScaling((1.0, 1.0), "dynamic_ntk").key != LayerScaling.identity(2).key
+    assert LayerScaling((1.0, 1.0), extension=np.int64(2)).extension == 2.0
     with pytest.raises(ValueError, match=r"extension is 0\.5; it must be a number from 1 on"):
         LayerScaling((1.0,), extension=0.5)
     with pytest.raises(ValueError, match="combine 'add' is unknown; choose one of multiply, divide"):
         LayerScaling((1.0,), combine="add")
+
+
+def test_a_length_is_for_dynamic_ntk_alone():
+    model = load_lm("tiny-llama", device="cpu").model
+    for scaling, length in ((LayerScaling((1.2, 1.0), "ntk"), 40), (LayerScaling((1.0, 1.0), "dynamic_ntk"), 0)):
+        with (
+            pytest.raises(ValueError, match=f"length is {length} with scheme"),
+            scaling.applied_to(model, length=length),
+        ):
+            pass
+    assert LayerScaling((0.5, 1.0), "dynamic_ntk").reach == float("inf")
+    assert LayerScaling((0.5, 1.0), "dynamic_ntk", combine="divide").reach == 0.5
 
 
 def test_schemes_differ_only_where_a_factor_does(ids):

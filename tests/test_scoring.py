@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lrs_utils import LayerScaling, Ledger, load_lm, score, scoring, tasks
 from lrs_utils.packed import _BLOCK_ROWS, pack
-from lrs_utils.scoring import Kept, generate_answers
+from lrs_utils.scoring import Kept, context_tokens, generate_answers
 from lrs_utils.tasks import Probe, Question, Suite
 from lrs_utils.tasks.judging import holds_value, judged
 
@@ -242,7 +242,7 @@ def test_a_prompt_longer_than_the_window_is_refused_with_the_numbers(tiny):
         score(tiny, suite, [LayerScaling.identity(2)])
     assert score(tiny, suite, [LayerScaling.identity(2)], extrapolate=True).recomputed == 1
     assert score(tiny, suite, [LayerScaling((1.5, 1.2))]).recomputed == 1  # each layer's positions fit
-    with pytest.raises(ValueError, match=r"reads 1,638 \(window 2,048 x smallest factor 0.8\)"):
+    with pytest.raises(ValueError, match=r"reads 1,638 \(window 2,048 x 0.8\)"):
         score(tiny, suite, [LayerScaling((1.5, 0.8))])
     with pytest.raises(ValueError, match="reads 2,048"):
         generate_answers(tiny, suite, LayerScaling.identity(2))
@@ -296,14 +296,26 @@ def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm
 
 def test_dynamic_ntk_gives_each_context_the_frequencies_of_its_own_length(tiny):
     window = 2048
-    suites = [
-        tasks.kv_retrieval(n, 1, keys="short") for n in (60, 100)
-    ]  # tokens are characters: one within, one beyond
-    scaling = LayerScaling((1.2, 0.9), "dynamic_ntk", extension=2.0)
-    assert pack(tiny, suites[0].probes[0], "").longest < window < pack(tiny, suites[1].probes[0], "").longest
-    within, beyond = (score(tiny, suite, [scaling]) for suite in suites)
-    static = LayerScaling((1.2, 0.9), "ntk")
-    np.testing.assert_allclose(within.nll, score(tiny, suites[0], [static]).nll, atol=1e-5)
-    stretch = 2.0 * pack(tiny, suites[1].probes[0], "").longest / window - 1
-    stretched = LayerScaling((1.2 * stretch, 0.9 * stretch), "ntk")
-    np.testing.assert_allclose(beyond.nll, score(tiny, suites[1], [stretched], extrapolate=True).nll, atol=1e-5)
+    # tokens are characters: one within, one beyond; together in a suite, with other scalings
+    within, beyond = (tasks.kv_retrieval(n, 1, keys="short", positions=[0, n - 1]).probes[0] for n in (60, 100))
+    suite = Suite("mixed", (within, beyond))
+    factors, plain = (1.2, 0.9), LayerScaling.identity(2)
+    scalings = [LayerScaling(factors, "dynamic_ntk", extension=2.0), plain]
+    length = context_tokens(tiny, beyond)
+    assert context_tokens(tiny, within) < window < length
+    found = score(tiny, suite, scalings, extrapolate=True)
+    np.testing.assert_allclose(found.nll[0, 0], found.nll[1, 0], atol=1e-5)
+    static = LayerScaling([2 * s * (length / window - 1) + 1 for s in factors], "ntk")
+    alone = score(tiny, replace(suite, probes=(beyond,)), [static], extrapolate=True)
+    np.testing.assert_allclose(found.nll[0, 1], alone.nll[0, 0], atol=1e-5)
+    halves = [replace(suite, probes=tuple(replace(p, questions=p.questions[i:]) for p in suite.probes)) for i in (0, 1)]
+    last = score(tiny, halves[1], scalings, extrapolate=True)
+    np.testing.assert_allclose(found.nll[..., 1:], last.nll, atol=1e-5)
+    # free answers too: questions of unequal length, padded, go on from the frequencies that the context was read with
+    longer = replace(beyond.questions[1], prompt="\nAnd now, for something else:" + beyond.questions[1].prompt)
+    suite = Suite("unequal", (replace(beyond, questions=(beyond.questions[0], longer)),))
+    answers = generate_answers(tiny, suite, scalings[0], max_new_tokens=6, extrapolate=True)
+    for i, question in enumerate(suite.probes[0].questions):
+        alone = replace(suite, probes=(replace(beyond, questions=(question,)),))
+        [[answer]] = generate_answers(tiny, alone, scalings[0], max_new_tokens=6, extrapolate=True)
+        assert answer == answers[0][i]
