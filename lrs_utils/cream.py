@@ -41,8 +41,8 @@ def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, 
         Tokens of an example; the target is window x factor positions.
     mode : str
         "paper": the Gaussian is truncated and renormalised, the coin falls for each example. "reference": as the
-        authors' code does it: its clamped distribution function, so that both ends get what lies beyond them, and one
-        coin a batch.
+        authors' code does it: whole r from a clamped distribution function, so that both ends get what lies beyond
+        them, one coin for all examples of a call, and middles that may reach into the tail's tokens.
     sigma : float
         Of the Gaussian (their ablation: 2, 2.5, 3, 3.5, 4).
     k : int, optional
@@ -56,37 +56,35 @@ def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, 
     k = 4 * factor if k is None else k
     if k < 1 or 2 * k + 1 > window:
         raise ValueError(f"head and tail of {k} tokens leave no middle in a window of {window}; give a smaller k")
-    if window < 3:
-        raise ValueError(f"window is {window}; head, middle and tail need 3 tokens or more")
+    draw = middle_factors(factor, sigma, mode)
 
     def sample(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
         coins = rng.integers(2, size=len(lengths) if mode == "paper" else 1)
         coins = np.broadcast_to(coins, len(lengths))
-        r = middle_factors(factor, sigma, mode)(rng, len(lengths))
         rows = [
-            _cream_example(window, factor, window // 3 if coin == 0 else k, int(alpha), length, rng)
-            for coin, alpha, length in zip(coins, r, lengths, strict=True)
+            _cream_example(window, factor, window // 3 if coin == 0 else k, r, length, mode, rng)
+            for coin, r, length in zip(coins, draw(rng, len(lengths)), lengths, strict=True)
         ]
         return Indices(*(np.array(part) for part in zip(*rows, strict=True)))
 
     return _checked(window, sample)
 
 
-def middle_factors(factor: int, sigma: float, mode: str) -> Callable[[np.random.Generator, int], NDArray[np.int64]]:
-    """Draws r, twice the multiple of the window near which the middle ends: whole numbers from 2 to 2 x factor."""
+def middle_factors(factor: int, sigma: float, mode: str) -> Callable[[np.random.Generator, int], NDArray[np.float64]]:
+    """Draws r, twice the multiple of the window near which the middle ends: from 2 to 2 x factor."""
     low, high, mean = 2, 2 * factor, 1 + factor
     if factor == 1:
-        return lambda rng, n: np.full(n, 2)
+        return lambda rng, n: np.full(n, 2.0)
     if mode == "paper":
         gaussian = stats.truncnorm((low - mean) / sigma, (high - mean) / sigma, loc=mean, scale=sigma)
-        return lambda rng, n: np.floor(gaussian.rvs(size=n, random_state=rng)).astype(int)
+        return lambda rng, n: np.asarray(gaussian.rvs(size=n, random_state=rng))
     x = np.linspace(low, high, 1000)
     below = special.ndtr((x - mean) / sigma)
-    return lambda rng, n: np.interp(rng.random(n), below, x).astype(int)
+    return lambda rng, n: np.floor(np.interp(rng.random(n), below, x))
 
 
 def _cream_example(
-    window: int, factor: int, ends: int, r: int, length: int, rng: np.random.Generator
+    window: int, factor: int, ends: int, r: float, length: int, mode: str, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     head = tail = ends
     middle, target = window - head - tail, window * factor
@@ -94,7 +92,8 @@ def _cream_example(
     block = np.arange(last - middle + 1, last + 1)
     positions = np.concatenate([np.arange(head), block, np.arange(target - tail, target)])
     # the middle's own tokens where the document is that long, else those before its tail
-    content = block if last < length - tail else np.arange(length - tail - middle, length - tail)
+    own = last < (length if mode == "reference" else length - tail)
+    content = block if own else np.arange(length - tail - middle, length - tail)
     return positions, np.concatenate([np.arange(head), content, np.arange(length - tail, length)])
 
 
@@ -135,9 +134,10 @@ def plain(window: int, factor: int = 1) -> Sampler:
 
 
 def distances_seen(positions: NDArray[np.int64], target: int) -> NDArray[np.int64]:
-    """How many pairs of a batch's tokens stand each distance apart, shape (target,).
+    """How many pairs of tokens stand each distance apart, over all examples, shape (target,).
 
-    Its non-zero entries are the union of relative positions D_r of CREAM's Theorem B.1.
+    Of one example its non-zero entries are the relative positions D_r of CREAM's Theorem B.1, which says that with the
+    middle P_s to P_e there are at most max(head - 1, P_e - P_s, tail - 1) + 2 window of them.
 
     Parameters
     ----------

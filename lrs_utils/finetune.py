@@ -5,7 +5,9 @@ seed and s alone, and weights, optimiser and losses are on disk every few steps.
 """
 
 import copy
+import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from transformers import PreTrainedModel
 
 from lrs_utils.cream import Sampler
@@ -25,17 +28,21 @@ from lrs_utils.models import LM, fingerprint
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling
 
-Documents = Callable[[int, np.random.Generator], Sequence[NDArray[np.int64]]]  # so many, drawn at random
+# So many, drawn at random. A token i that is read but need not be predicted is given as ~i.
+Documents = Callable[[int, np.random.Generator], Sequence[NDArray[np.int64]]]
 
 
-def tokens_on_disk(lm: LM, texts: Sequence[str], path: str | Path) -> NDArray[np.uint32]:
+def tokens_on_disk(lm: LM, texts: Sequence[str], folder: str | Path) -> NDArray[np.uint32]:
     """Texts as one row of tokens, written once and mapped into memory; between texts stands the end-of-text token."""
-    path = Path(path)
+    digest = hashlib.sha256(lm.tokenizer.backend_tokenizer.to_str().encode())
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+    path = Path(folder) / f"tokens-{digest.hexdigest()[:16]}.npy"
     if not path.exists():
         end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
         ids = np.concatenate([np.array(lm.tokenizer(text)["input_ids"] + end, np.uint32) for text in texts])
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.npy")
+        part = path.with_suffix(".part.npy")
         np.save(part, ids)
         os.replace(part, path)
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
@@ -67,6 +74,11 @@ class Training:
         Rank of LoRA's matrices on the projections of attention (peft); by default all weights are trained.
     checkpointing : bool
         Compute activations twice instead of keeping them.
+
+    Raises
+    ------
+    ValueError
+        A number that is not positive where it must be.
     """
 
     steps: int
@@ -79,6 +91,11 @@ class Training:
     checkpointing: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+
 
 def train(
     lm: LM,
@@ -87,11 +104,14 @@ def train(
     training: Training,
     folder: str | Path,
     *,
+    about: Mapping[str, Any],
     scaling: LayerScaling | None = None,
-    about: Mapping[str, Any] | None = None,
     save_every: int = 50,
 ) -> tuple[LM, NDArray[np.float64]]:
     """Train a model and return it, with the loss of every step in nats a token.
+
+    Weights of a model in bfloat16 are trained in float32, or small steps would be rounded away, with products in
+    bfloat16 (`torch.autocast`); what is returned is bfloat16 again. LoRA leaves them as they are beside its own.
 
     Parameters
     ----------
@@ -102,11 +122,11 @@ def train(
     sampler : Sampler
         Which tokens of a document are read, and the positions they are given (`cream`).
     folder : path
-        For checkpoints. A run that was killed goes on from the last one; a finished one is read.
+        For checkpoints and the losses so far. A run that was killed goes on from the last one; a finished one is read.
+    about : mapping of JSON values
+        What documents and sampler are: a folder of a training that differs in it is refused.
     scaling : LayerScaling, optional
         On the model while it trains: it stretches frequencies for the target length.
-    about : mapping of JSON values, optional
-        What documents and sampler are: a folder of a training that differs in it is refused.
     save_every : int
         Steps between checkpoints.
 
@@ -119,14 +139,17 @@ def train(
         raise ValueError(f"{type(lm.model).__name__} takes no position_ids, so positions can't be manipulated")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**vars(training), "model": lm.fingerprint, "scaling": None if scaling is None else scaling.key}
-    described = json.dumps(settings | dict(about or {}), indent=1)
-    if (known := folder / "training.json").exists() and known.read_text() != described:
+    scaled_as = None if scaling is None else scaling.key
+    described = {"training": vars(training), "model": lm.fingerprint, "scaling": scaled_as, "about": dict(about)}
+    known = folder / "training.json"
+    if not known.exists():
+        _write(known, json.dumps(described, indent=1).encode())
+    elif known.read_text() != json.dumps(described, indent=1):
         raise ValueError(f"{folder} holds another training (see {known}); give another folder")
-    known.write_text(described)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # LoRA's first weights
-        model = _trainable(copy.deepcopy(lm.model), training)
+        bare = copy.deepcopy(lm.model)
+        model = _trainable(bare, training)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(weights, lr=training.rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, training))
@@ -134,12 +157,16 @@ def train(
     bar = Progress(training.steps, "training")
     with ExitStack() as stack:
         stack.enter_context(bar.entered())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        low = lm.model.dtype in (torch.bfloat16, torch.float16)
+        stack.enter_context(torch.autocast(lm.model.device.type, lm.model.dtype if low else torch.bfloat16, low))
         if scaling is not None:
-            stack.enter_context(scaling.applied_to(_bare(model)))
+            stack.enter_context(scaling.applied_to(bare))
         bar.advance(len(losses))
         for step in range(len(losses), training.steps):
+            torch.manual_seed(training.seed * 1_000_003 + step)  # dropout, where a model has it
             losses.append(_step(model, documents, sampler, training, step))
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
             adam.step()
             adam.zero_grad()
             schedule.step()
@@ -147,25 +174,22 @@ def train(
                 _save(folder / "checkpoint.pt", weights, adam, schedule, losses)
             bar.advance(1, f"loss {np.mean(losses[-20:]):.3f}")
     trained = model.merge_and_unload() if training.lora else model
-    trained.requires_grad_(False).train(False)
+    if training.checkpointing:
+        trained.gradient_checkpointing_disable()
+    trained.to(lm.model.dtype).requires_grad_(False).train(False)
     return replace(lm, model=trained, fingerprint=fingerprint(trained, lm.tokenizer)), np.array(losses)
 
 
 def _trainable(model: PreTrainedModel, training: Training) -> Any:
     if training.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
-        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
     if training.lora is None:
-        return model.requires_grad_(True).train()
+        return nn.Module.to(model, torch.float32).requires_grad_(True).train()
     from peft import LoraConfig, get_peft_model
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = LoraConfig(r=training.lora, lora_alpha=2 * training.lora, target_modules=names, task_type="CAUSAL_LM")
     return get_peft_model(model, config).train()
-
-
-def _bare(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
 
 
 def _rate(step: int, training: Training) -> float:
@@ -175,13 +199,19 @@ def _rate(step: int, training: Training) -> float:
 
 
 def _step(model: Any, documents: Documents, sampler: Sampler, training: Training, step: int) -> float:
-    rng, total = np.random.default_rng([training.seed, step]), 0.0
+    # one for each, so that every sampler is given the same documents
+    of_documents, of_positions = np.random.default_rng([training.seed, step]).spawn(2)
+    total = 0.0
     for _ in range(training.accumulate):
-        drawn = documents(training.batch, rng)
-        positions, tokens = sampler([len(document) for document in drawn], rng)
-        read = np.array([document[t] for document, t in zip(drawn, tokens, strict=True)])
-        ids, at = (torch.from_numpy(x).to(model.device) for x in (read, positions))
-        loss = model(input_ids=ids, position_ids=at, labels=ids, use_cache=False).loss / training.accumulate
+        drawn = documents(training.batch, of_documents)
+        positions, tokens = sampler([len(document) for document in drawn], of_positions)
+        given = np.array([document[t] for document, t in zip(drawn, tokens, strict=True)])
+        read, judged = np.where(given < 0, ~given, given), np.where(given < 0, -100, given)
+        ids, at, labels = (torch.from_numpy(x).to(model.device) for x in (read, positions, judged))
+        # with the mask, or transformers takes every gap between positions for the begin of another text
+        mask = torch.ones_like(ids)
+        output = model(input_ids=ids, attention_mask=mask, position_ids=at, labels=labels, use_cache=False)
+        loss = output.loss / training.accumulate
         loss.backward()
         total += loss.item()
     if not math.isfinite(total):
@@ -190,15 +220,24 @@ def _step(model: Any, documents: Documents, sampler: Sampler, training: Training
 
 
 def _save(path: Path, weights: list[Any], adam: Any, schedule: Any, losses: list[float]) -> None:
-    part = path.with_suffix(f".{os.getpid()}")
     state = {
         "weights": [w.detach() for w in weights],
         "adam": adam.state_dict(),
         "schedule": schedule.state_dict(),
         "losses": losses,
     }
-    torch.save(state, part)
-    os.replace(part, path)  # whole or not at all
+    file = io.BytesIO()
+    torch.save(state, file)
+    _write(path, file.getbuffer())
+    curve = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(losses, 1))
+    _write(path.with_name("losses.csv"), f"step,loss\n{curve}".encode())
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """All of it or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 def _resumed(path: Path, weights: list[Any], adam: Any, schedule: Any) -> list[float]:

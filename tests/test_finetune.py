@@ -9,46 +9,85 @@ import pytest
 import torch
 
 from lrs_utils import LayerScaling, load_lm
-from lrs_utils.cream import cream, plain
+from lrs_utils.cream import cream, plain, pose, rand_pos
 from lrs_utils.finetune import Training, stretches, tokens_on_disk, train
 from lrs_utils.models import fingerprint
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+ABOUT = {"documents": "a fox"}
 SHORT = Training(steps=12, batch=4, rate=3e-3, warmup=2)
 
 
 @pytest.fixture
 def documents(tiny, tmp_path):
-    return stretches(tokens_on_disk(tiny, [TEXT], tmp_path / "tokens.npy"), 96)
+    return stretches(tokens_on_disk(tiny, [TEXT], tmp_path), 96)
 
 
 def test_texts_are_tokenised_once_into_a_mapped_file(tiny, tmp_path):
-    path = tmp_path / "tokens.npy"
-    tokens = tokens_on_disk(tiny, ["abc", "de"], path)
+    tokens = tokens_on_disk(tiny, ["abc", "de"], tmp_path)
     assert isinstance(tokens, np.memmap)
     assert tokens.tolist() == [97, 98, 99, 256, 100, 101, 256]
-    assert tokens_on_disk(tiny, ["not read again"], path).tolist() == tokens.tolist()
+    written = [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
+    tokens_on_disk(tiny, ["abc", "de"], tmp_path)
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == written
+    assert len(tokens_on_disk(tiny, ["other"], tmp_path)) == 6
     with pytest.raises(ValueError, match="the text has 7 tokens; documents of 8 don't fit"):
         stretches(tokens, 8)
 
 
-@pytest.mark.parametrize("change", [{}, {"lora": 2}, {"checkpointing": True}, {"accumulate": 2, "batch": 2}])
+@pytest.mark.parametrize("change", [{}, {"lora": 2}, {"lora": 2, "checkpointing": True}, {"accumulate": 2, "batch": 2}])
 def test_training_lowers_the_loss_and_leaves_the_model_given(tiny, documents, tmp_path, change):
     before = fingerprint(tiny.model, tiny.tokenizer)
-    trained, losses = train(tiny, documents, plain(48), replace(SHORT, **change), tmp_path / "run")
+    trained, losses = train(tiny, documents, plain(48), replace(SHORT, **change), tmp_path / "run", about=ABOUT)
     assert len(losses) == 12
     assert losses[-3:].mean() < losses[:3].mean() - 0.05
     assert fingerprint(tiny.model, tiny.tokenizer) == before != trained.fingerprint
     assert trained.fingerprint == fingerprint(trained.model, trained.tokenizer)
-    again, same = train(tiny, documents, plain(48), replace(SHORT, **change), tmp_path / "run")
+    again, same = train(tiny, documents, plain(48), replace(SHORT, **change), tmp_path / "run", about=ABOUT)
     assert (again.fingerprint, same.tolist()) == (trained.fingerprint, losses.tolist())
 
 
 def test_accumulated_and_recomputed_steps_are_the_plain_ones(tiny, documents, tmp_path):
     runs = {}
-    for name, change in {"plain": {}, "checkpointing": {"checkpointing": True}}.items():
-        runs[name] = train(tiny, documents, plain(48), replace(SHORT, **change), tmp_path / name)[1]
+    changes = {"plain": {}, "checkpointing": {"checkpointing": True}, "accumulated": {"accumulate": 2, "batch": 2}}
+    for name, change in changes.items():
+        training = replace(SHORT, **change)
+        runs[name] = train(tiny, documents, plain(48), training, tmp_path / name, about=ABOUT)[1]
     np.testing.assert_allclose(runs["plain"], runs["checkpointing"], rtol=1e-5)
+    np.testing.assert_allclose(runs["plain"], runs["accumulated"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sampler", [cream(48, 4, k=4), pose(48, 4), rand_pos(48, 4)], ids=["cream", "pose", "rand_pos"]
+)
+def test_tokens_on_both_sides_of_a_gap_see_each_other(sampler, tiny, documents, tmp_path):
+    """transformers takes a gap for the begin of another text, unless told otherwise."""
+    masks = []
+    hook = type(tiny.model.model.layers[0]).forward
+
+    def watched(self, hidden_states, attention_mask=None, **kwargs):
+        masks.append(attention_mask)
+        return hook(self, hidden_states, attention_mask=attention_mask, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tiny.model.model.layers[0]), "forward", watched)
+        train(tiny, documents, make(48, 4), replace(SHORT, steps=1), tmp_path, about=ABOUT)
+    assert masks == [None, None], "plain causal attention"
+
+
+def test_tokens_given_as_complement_are_read_and_not_judged(tiny, documents, tmp_path):
+    def hidden(n, rng):
+        return [np.concatenate([~document[:60], document[60:]]) for document in documents(n, rng)]
+
+    losses = {}
+    for name, drawn in {"judged": documents, "hidden": hidden}.items():
+        _, losses[name] = train(tiny, drawn, plain(96), replace(SHORT, steps=1), tmp_path / name, about={"of": name})
+    drawn = np.array(documents(4, np.random.default_rng([0, 0]).spawn(2)[0]))
+    with torch.no_grad():
+        logits = tiny.model(torch.from_numpy(drawn)).logits[:, 59:-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(drawn[:, 60:]).flatten())
+    assert losses["hidden"][0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses["hidden"][0] != losses["judged"][0]
 
 
 def test_positions_reach_the_rotary_embedding(tiny, documents, tmp_path):
@@ -62,25 +101,25 @@ def test_positions_reach_the_rotary_embedding(tiny, documents, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(tiny.model.model.rotary_emb), "forward", watched)
-        train(tiny, documents, sampler, replace(SHORT, steps=1), tmp_path / "run")
-    rng = np.random.default_rng([0, 0])
-    drawn = documents(4, rng)
-    expected = sampler([len(document) for document in drawn], rng).positions
+        train(tiny, documents, sampler, replace(SHORT, steps=1), tmp_path / "run", about=ABOUT)
+    of_documents, of_positions = np.random.default_rng([0, 0]).spawn(2)
+    drawn = documents(4, of_documents)
+    expected = sampler([len(document) for document in drawn], of_positions).positions
     assert torch.equal(seen[0], torch.from_numpy(expected))
     assert seen[0].max() == 48 * 4 - 1
 
 
 def test_a_scaled_model_is_trained_as_scaled(tiny, documents, tmp_path):
     scaling = LayerScaling.uniform(4.0, 2)
-    _, bare = train(tiny, documents, plain(48), SHORT, tmp_path / "bare")
-    _, scaled = train(tiny, documents, plain(48), SHORT, tmp_path / "scaled", scaling=scaling)
+    _, bare = train(tiny, documents, plain(48), SHORT, tmp_path / "bare", about=ABOUT)
+    _, scaled = train(tiny, documents, plain(48), SHORT, tmp_path / "scaled", about=ABOUT, scaling=scaling)
     assert abs(bare[0] - scaled[0]) > 1e-3
 
 
 def test_another_training_in_the_folder_and_a_model_without_positions_are_refused(tiny, documents, tmp_path):
-    train(tiny, documents, plain(48), SHORT, tmp_path / "run")
+    train(tiny, documents, plain(48), SHORT, tmp_path / "run", about=ABOUT)
     with pytest.raises(ValueError, match="holds another training"):
-        train(tiny, documents, plain(48), replace(SHORT, rate=1e-3), tmp_path / "run")
+        train(tiny, documents, plain(48), replace(SHORT, rate=1e-3), tmp_path / "run", about=ABOUT)
     with pytest.raises(ValueError, match="holds another training"):
         train(tiny, documents, plain(48), SHORT, tmp_path / "run", about={"documents": "others"})
 
@@ -89,7 +128,9 @@ def test_another_training_in_the_folder_and_a_model_without_positions_are_refuse
             return input_ids
 
     with pytest.raises(ValueError, match="Blind takes no position_ids"):
-        train(replace(tiny, model=Blind()), documents, plain(48), SHORT, tmp_path / "other")
+        train(replace(tiny, model=Blind()), documents, plain(48), SHORT, tmp_path / "other", about=ABOUT)
+    with pytest.raises(ValueError, match="accumulate is 0; it must be positive"):
+        Training(steps=1, accumulate=0)
 
 
 KILLED = """
@@ -100,10 +141,10 @@ from lrs_utils.cream import cream
 from lrs_utils.finetune import Training, stretches, tokens_on_disk, train
 lm = load_lm("tiny-llama", dtype="float32", device="cpu")
 folder = Path(sys.argv[1])
-documents = stretches(tokens_on_disk(lm, ["the quick brown fox jumps over the lazy dog. " * 40], folder / "t.npy"), 96)
+documents = stretches(tokens_on_disk(lm, ["the quick brown fox jumps over the lazy dog. " * 40], folder), 96)
 print("ready", flush=True)
 training = Training(steps=120, batch=4, rate=3e-3, lora=int(sys.argv[2]) or None)
-trained, losses = train(lm, documents, cream(48, 4, k=4), training, folder, save_every=10)
+trained, losses = train(lm, documents, cream(48, 4, k=4), training, folder, about={}, save_every=10)
 print(trained.fingerprint, losses.tolist(), flush=True)
 """
 
@@ -128,7 +169,13 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, lora):
 
 def test_training_in_bfloat16_of_the_embedded_model_takes_a_step(smollm2, tmp_path):
     lm = load_lm("smollm2-135m", dtype="bfloat16", device="cpu")
-    documents = stretches(tokens_on_disk(lm, [TEXT], tmp_path / "tokens.npy"), 200)
-    trained, losses = train(lm, documents, cream(64, 2, k=4), Training(steps=2, batch=1, lora=2), tmp_path / "run")
+    documents = stretches(tokens_on_disk(lm, [TEXT], tmp_path), 200)
+    trained, losses = train(
+        lm, documents, cream(64, 2, k=4), Training(steps=2, batch=1, lora=2), tmp_path / "run", about=ABOUT
+    )
     assert np.isfinite(losses).all()
+    assert trained.model.dtype == torch.bfloat16
+    whole = Training(steps=8, batch=1, rate=1e-4, warmup=1)
+    trained, losses = train(lm, documents, plain(64), whole, tmp_path / "whole", about=ABOUT)
+    assert losses[-1] < losses[0] - 0.5, "the text is one sentence again and again"
     assert trained.model.dtype == torch.bfloat16
