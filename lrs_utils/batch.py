@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,18 +59,20 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     folder = options.out or ROOT / "build" / "runs" / "-".join([options.profile, *options.given]).replace("/", "-")
-    if folder.exists() and not options.resume:
+    folder = folder.resolve()  # notebooks run elsewhere
+    if folder.exists() and any(folder.iterdir()):
         if not (folder / "manifest.json").exists():
             parser.error(f"{folder} is no run folder; it is left as it is: give another --out")
-        shutil.rmtree(folder)
+        if not options.resume:
+            shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    before = {done.notebook: done for done in _finished(folder)} if options.resume else {}
-    results: dict[str, Done] = {}
+    results = {done.notebook: done for done in _finished(folder)}
+    _write_manifest(folder, options, results)
     lock = threading.Lock()
 
     def run(path: Path) -> None:
         digest = _digest(path, parameters[path.stem])
-        known = before.get(path.stem)
+        known = results.get(path.stem)
         if known and known.status == "ok" and known.digest == digest and (folder / path.name).exists():
             print(f"{path.stem}: finished before, skipped", flush=True)
             done = known
@@ -78,13 +80,13 @@ def main(arguments: Sequence[str]) -> int:
             done = _executed(path, folder, parameters[path.stem], options.jobs, digest)
         with lock:
             results[path.stem] = done
-            _write_manifest(folder, options, [results[p.stem] for p in notebooks if p.stem in results])
+            _write_manifest(folder, options, results)
 
-    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, notebooks))
     ended = [results[path.stem] for path in notebooks]
-    _write_index(folder, ended)
     print(_summary(ended, folder))
+    _write_index(folder, ended)
     return int(any(done.status != "ok" for done in ended))
 
 
@@ -109,9 +111,11 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"-p {text!r} is not of the form NAME=VALUE")
+        if name == "profile":
+            raise ValueError("a profile is given as --profile, not by -p")
         if not any(name in names for names in known.values()):
-            all_names = sorted(set().union(*known.values()))
-            raise ValueError(f"no notebook has a parameter {name!r}; they have {', '.join(all_names)}")
+            all_names = sorted(set().union(*known.values()) - {"profile"})
+            raise ValueError(f"none of the chosen notebooks has a parameter {name!r}; they have {', '.join(all_names)}")
         given[name] = yaml.safe_load(value)
     fresh = {"fresh": True} if options.fresh else {}
     return {
@@ -121,11 +125,12 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
 
 
 def _digest(path: Path, parameters: dict[str, Any]) -> str:
-    """Of all that a run depends on: parameters, the notebook's code, the profile and the module."""
+    """Of all that a run depends on: parameters, the notebook's code, the profile, the module, factors and versions."""
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
     files = sorted((ROOT / "lrs_utils").rglob("*.py"))
+    files += sorted((ROOT / "data" / "factors").glob("*.json"))
     files.append(ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml")
-    parts = [json.dumps([parameters, code]), *(file.read_text(encoding="utf-8") for file in files)]
+    parts = [json.dumps([parameters, code, versions()]), *(file.read_text(encoding="utf-8") for file in files)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -133,37 +138,44 @@ def _executed(path: Path, folder: Path, parameters: dict[str, Any], jobs: int, d
     out, start = folder / path.name, time.monotonic()
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--log-output", "--no-progress-bar"]
     command += ["--cwd", str(path.parent), "-y", yaml.safe_dump(parameters)]
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = os.environ | {RESULTS_FOLDER: str(folder), "PYTHONUNBUFFERED": "1"}
     if jobs > 1:
-        environment |= {"OMP_NUM_THREADS": threads}
+        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     print(f"{path.stem}: started", flush=True)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
     )
     assert process.stdout is not None
     last_line = time.monotonic()
-    tail: list[str] = []
+    last = "no output"
     for line in process.stdout:
-        tail = [*tail, line.rstrip()][-30:]
+        last = line.strip() or last
         step = re.match(r"(\S.*?): +(\d+)% (\S+) \[(\S+?)<([^,]+),[^\]]*\](.*)", line)  # of `progress.Progress`
         if step and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
             print(f"{path.stem}: {step[1]} {step[2]} %, {step[5]} left{step[6].rstrip()[:80]}", flush=True)
     failed = process.wait() != 0
     seconds = time.monotonic() - start
-    error = _first_error(out, tail) if failed else ""
+    killed = f"killed by signal {-process.returncode}" if process.returncode < 0 else last
+    error = (_first_error(out) or killed) if failed else ""
     print(f"{path.stem}: {'failed: ' + error if failed else 'done'} after {seconds:.0f} s", flush=True)
     return Done(path.stem, "failed" if failed else "ok", round(seconds, 1), error, digest)
 
 
-def _first_error(out: Path, tail: Sequence[str]) -> str:
-    if out.exists():
-        for cell in nbformat.read(out, as_version=4).cells:  # type: ignore[no-untyped-call]
-            for output in cell.get("outputs", []):
-                if output.output_type == "error":
-                    return f"{output.ename}: {output.evalue}".partition("\n")[0]
-    return next((line for line in reversed(tail) if line.strip()), "no output")
+def _executed_cells(path: Path) -> list[Any]:
+    """Of an executed notebook; none where it isn't whole: papermill writes after every cell and may be killed at it."""
+    try:
+        return list(nbformat.read(path, as_version=4).cells)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError):
+        return []
+
+
+def _first_error(out: Path) -> str:
+    for cell in _executed_cells(out):
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                return f"{output.ename}: {output.evalue}".partition("\n")[0]
+    return ""
 
 
 def _finished(folder: Path) -> list[Done]:
@@ -173,7 +185,7 @@ def _finished(folder: Path) -> list[Done]:
     return [Done(**record) for record in json.loads(path.read_text(encoding="utf-8"))["notebooks"]]
 
 
-def _write_manifest(folder: Path, options: argparse.Namespace, ended: Sequence[Done]) -> None:
+def _write_manifest(folder: Path, options: argparse.Namespace, ended: Mapping[str, Done]) -> None:
     profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{options.profile}.yaml").read_text(encoding="utf-8"))
     results = [path for kind in ("data", "figures") for path in sorted((folder / kind).rglob("*")) if path.is_file()]
     content = {
@@ -181,7 +193,7 @@ def _write_manifest(folder: Path, options: argparse.Namespace, ended: Sequence[D
         "versions": versions(),
         "code": revision(),
         "profile": profile,
-        "notebooks": [asdict(done) for done in ended],
+        "notebooks": [asdict(ended[name]) for name in sorted(ended)],
         "sha256": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in results},
     }
     part = folder / f"manifest.{os.getpid()}"
@@ -202,7 +214,7 @@ def _write_index(folder: Path, ended: Sequence[Done]) -> None:
     for done in ended:
         executed = folder / f"{done.notebook}.ipynb"
         name = done.notebook
-        if executed.exists():
+        if _executed_cells(executed):
             from nbconvert import HTMLExporter
 
             body, _ = HTMLExporter().from_filename(str(executed))  # type: ignore[no-untyped-call]

