@@ -32,7 +32,7 @@ model: .venv/installed
 		|| { echo "Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv \
 		|| { rm -rf .venv; echo "on Debian: apt-get install python3-venv, then make again"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,hub,rivals,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,hub,rivals,test,tune]'
 	@touch $@
 
 clean:
