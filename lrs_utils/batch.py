@@ -27,6 +27,7 @@ import papermill
 import yaml
 
 from lrs_utils.reproduce import RESULTS_FOLDER, ROOT, revision, versions
+from lrs_utils.verify import VERIFY, compared
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -51,14 +52,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at the same time (1)")
     parser.add_argument("--resume", action="store_true", help="skip what finished with the same parameters and code")
+    parser.add_argument("--verify", action="store_true", help="measure a sample of what is committed again and compare")
+    parser.add_argument("--seed", type=int, default=0, help="which sample is verified (0)")
     parser.add_argument("--out", type=Path, help="the run folder (build/runs/PROFILE)")
     options = parser.parse_args(arguments)
+    if options.verify and (options.profile != "cpu" or options.given or options.fresh or options.resume):
+        parser.error("--verify runs what is committed: profile cpu as it is, without -p, --fresh and --resume")
     try:
         notebooks = _chosen(options.only)
         parameters = _parameters(options, notebooks)
     except ValueError as error:
         parser.error(str(error))
-    folder = options.out or ROOT / "build" / "runs" / "-".join([options.profile, *options.given]).replace("/", "-")
+    name = "verify" if options.verify else "-".join([options.profile, *options.given]).replace("/", "-")
+    folder = options.out or ROOT / "build" / "runs" / name
     folder = folder.resolve()  # notebooks run elsewhere
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "manifest.json").exists():
@@ -77,7 +83,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{path.stem}: finished before, skipped", flush=True)
             done = known
         else:
-            done = _executed(path, folder, parameters[path.stem], options.jobs, digest)
+            sample = {VERIFY: str(options.seed)} if options.verify else {}
+            done = _executed(path, folder, parameters[path.stem], options.jobs, digest, sample)
         with lock:
             results[path.stem] = done
             _write_manifest(folder, options, results)
@@ -87,7 +94,14 @@ def main(arguments: Sequence[str]) -> int:
     ended = [results[path.stem] for path in notebooks]
     print(_summary(ended, folder))
     _write_index(folder, ended)
-    return int(any(done.status != "ok" for done in ended))
+    agree = True
+    if options.verify:
+        again = compared(folder, ROOT / "data" / "results", options.seed)
+        agree = bool(again) and all(result.agrees for result in again)
+        for result in again:
+            verdict = "agrees" if result.agrees else "DIFFERS"
+            print(f"{verdict}  {result.name}: {result.off} of {result.values} values off  {result.note}".rstrip())
+    return int(not agree or any(done.status != "ok" for done in ended))
 
 
 def _chosen(only: Sequence[str]) -> list[Path]:
@@ -134,11 +148,13 @@ def _digest(path: Path, parameters: dict[str, Any]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _executed(path: Path, folder: Path, parameters: dict[str, Any], jobs: int, digest: str) -> Done:
+def _executed(
+    path: Path, folder: Path, parameters: dict[str, Any], jobs: int, digest: str, sample: Mapping[str, str]
+) -> Done:
     out, start = folder / path.name, time.monotonic()
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--log-output", "--no-progress-bar"]
     command += ["--cwd", str(path.parent), "-y", yaml.safe_dump(parameters)]
-    environment = os.environ | {RESULTS_FOLDER: str(folder), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {RESULTS_FOLDER: str(folder), "PYTHONUNBUFFERED": "1", **sample}
     if jobs > 1:
         environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     print(f"{path.stem}: started", flush=True)
@@ -205,7 +221,7 @@ def _command_line(options: argparse.Namespace) -> list[str]:
     words = ["--profile", options.profile]
     words += ["--only", *options.only] if options.only else []
     words += [word for given in options.given for word in ("-p", given)]
-    return words + ["--fresh"] * options.fresh
+    return words + ["--fresh"] * options.fresh + ["--verify", "--seed", str(options.seed)] * options.verify
 
 
 def _write_index(folder: Path, ended: Sequence[Done]) -> None:

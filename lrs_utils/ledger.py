@@ -180,6 +180,16 @@ class Ledger:
         assert standing is not None
         return standing
 
+    def forget(self, model: str, scaling: str, question: str) -> None:
+        """Delete what is known of a question, so that it is measured again."""
+        with self._explained(), self._transaction():
+            for table in ("outcomes", "texts", "gradients"):
+                self._db.execute(
+                    f"DELETE FROM {table} WHERE question = ? AND candidate = "
+                    "(SELECT id FROM candidates WHERE model = ? AND scaling = ?)",
+                    (question, model, scaling),
+                )
+
     def __len__(self) -> int:
         with self._explained():
             return int(self._db.execute("SELECT count(*) FROM outcomes").fetchone()[0])

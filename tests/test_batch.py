@@ -100,6 +100,7 @@ def test_a_run_folder_may_be_given_relative_and_a_killed_notebook_is_told(collec
         (["--profile", "smoke", "-p", "profile=gpu"], "a profile is given as --profile"),
         (["--profile", "smoke", "-p", "n"], "-p 'n' is not of the form NAME=VALUE"),
         (["--profile", "smoke", "--jobs", "0"], "--jobs is 0"),
+        (["--profile", "smoke", "--verify"], "--verify runs what is committed: profile cpu as it is"),
     ],
 )
 def test_a_wrong_command_line_runs_nothing(collection, capsys, arguments, message):
