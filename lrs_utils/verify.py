@@ -1,7 +1,7 @@
 """Are the committed results what the code gives? `python -m lrs_utils.reproduce --verify`.
 
-The notebooks run once more with some of what is committed forgotten: a few outcomes behind each notebook, a piece of each
-measured table. What is measured again, and every result computed from it, is compared with what is committed.
+The notebooks run once more with some of what is committed forgotten: a few outcomes behind each notebook, a piece of
+each measured table. What is measured again, and every result computed from it, is compared with what is committed.
 """
 
 import gzip
