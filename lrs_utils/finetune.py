@@ -158,14 +158,12 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(bar.entered())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        low = lm.model.dtype in (torch.bfloat16, torch.float16)
-        stack.enter_context(torch.autocast(lm.model.device.type, lm.model.dtype if low else torch.bfloat16, low))
         if scaling is not None:
             stack.enter_context(scaling.applied_to(bare))
         bar.advance(len(losses))
         for step in range(len(losses), training.steps):
             torch.manual_seed(training.seed * 1_000_003 + step)  # dropout, where a model has it
-            losses.append(_step(model, documents, sampler, training, step))
+            losses.append(_step(model, lm.model.dtype, documents, sampler, training, step))
             torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
             adam.step()
             adam.zero_grad()
@@ -198,10 +196,12 @@ def _rate(step: int, training: Training) -> float:
     return (training.steps - step) / max(1, training.steps - training.warmup)
 
 
-def _step(model: Any, documents: Documents, sampler: Sampler, training: Training, step: int) -> float:
+def _step(
+    model: Any, dtype: torch.dtype, documents: Documents, sampler: Sampler, training: Training, step: int
+) -> float:
     # one for each, so that every sampler is given the same documents
     of_documents, of_positions = np.random.default_rng([training.seed, step]).spawn(2)
-    total = 0.0
+    total, full = 0.0, dtype == torch.float32
     for _ in range(training.accumulate):
         drawn = documents(training.batch, of_documents)
         positions, tokens = sampler([len(document) for document in drawn], of_positions)
@@ -210,7 +210,9 @@ def _step(model: Any, documents: Documents, sampler: Sampler, training: Training
         ids, at, labels = (torch.from_numpy(x).to(model.device) for x in (read, positions, judged))
         # with the mask, or transformers takes every gap between positions for the begin of another text
         mask = torch.ones_like(ids)
-        output = model(input_ids=ids, attention_mask=mask, position_ids=at, labels=labels, use_cache=False)
+        # anew for every pass: while it is entered it keeps the weights as they were first cast
+        with torch.autocast(model.device.type, torch.bfloat16 if full else dtype, enabled=not full):
+            output = model(input_ids=ids, attention_mask=mask, position_ids=at, labels=labels, use_cache=False)
         loss = output.loss / training.accumulate
         loss.backward()
         total += loss.item()

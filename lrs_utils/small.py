@@ -76,9 +76,9 @@ def retrieval(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], len
 
 
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens: one in four prose, the others retrieval."""
+    """Documents of `length` tokens: one in eight prose, the others retrieval (of which fewer are judged)."""
     stretch, asked = stretches(prose, length), retrieval(tokenizer, prose, length)
-    return lambda n, rng: [*stretch(n // 4, rng), *asked(n - n // 4, rng)]
+    return lambda n, rng: [*stretch(n // 8, rng), *asked(n - n // 8, rng)]
 
 
 def make(folder: Path = SMALL_FOLDER) -> LM:
@@ -89,12 +89,13 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
+    nn.Module.to(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
     start = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
     prose = tokens_on_disk(start, texts, work)
-    about = {"documents": "one in four prose, else retrieval with answers judged", "window": WINDOW}
+    about = {"documents": "one in eight prose, else retrieval with answers judged", "window": WINDOW}
     lm, losses = train(start, mixed(tokenizer, prose, WINDOW), plain(WINDOW), TRAINING, work, about=about)
     folder.mkdir(parents=True, exist_ok=True)
-    nn.Module.to(lm.model, torch.float16).save_pretrained(folder)
+    lm.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     every = np.arange(0, len(losses), 20)
     means = [losses[first : first + 20].mean() for first in every]

@@ -177,6 +177,15 @@ def test_training_in_bfloat16_of_the_embedded_model_takes_a_step(smollm2, tmp_pa
     assert trained.model.dtype == torch.bfloat16
 
 
+def test_training_in_bfloat16_learns_as_in_float32_does(documents, tmp_path):
+    lm, losses = load_lm("tiny-llama", dtype="bfloat16", device="cpu"), {}
+    for name, model in {"bf16": lm.model, "f32": copy.deepcopy(lm.model).float()}.items():
+        start = replace(lm, model=model)
+        _, losses[name] = train(start, documents, plain(48), SHORT, tmp_path / name, about=ABOUT)
+    assert losses["f32"][-1] < 0.9 * losses["f32"][0]
+    np.testing.assert_allclose(losses["bf16"], losses["f32"], rtol=0.02)
+
+
 def test_bfloat16_weights_are_trained_in_float32(documents, tmp_path):
     """Steps of a small rate are far below the spacing of bfloat16: without float32 nothing would move."""
     lm = load_lm("tiny-llama", dtype="bfloat16", device="cpu")
