@@ -277,6 +277,31 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     return figure
 
 
+def perplexity_by_length(rows: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
+    """Perplexity against length: each scheme with one stretch for all layers, and the best of its layer-specific ways.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        With "way" ("scheme, uniform" or "scheme, ...", one of the latter is drawn, dashed), "length" in tokens, "nll".
+    """
+    ax = ax or plt.subplots()[1]
+    nll = rows.groupby(["way", "length"], sort=False)["nll"].mean().unstack()
+    schemes = nll.index.str.partition(", ").get_level_values(0)
+    for scheme, colour in zip(dict.fromkeys(schemes), _COLOURS, strict=False):
+        uniform = nll.index.str.endswith(", uniform")
+        own, searched = nll[(schemes == scheme) & uniform], nll[(schemes == scheme) & ~uniform]
+        best = searched.loc[searched.mean(axis=1).nsmallest(1).index]
+        for drawn, style in ((own, "-o"), (best, "--s")):
+            for way, line in drawn.iterrows():
+                ax.plot(line.index, np.exp(line), style, color=colour, markersize=3.5, label=way)
+    ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity")
+    ax.set_xticks(nll.columns, [f"{length:,}" for length in nll.columns])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize="x-small")
+    return _figure(ax)
+
+
 def _figure(ax: Axes) -> Figure:
     figure = ax.get_figure()
     assert isinstance(figure, Figure)

@@ -5,6 +5,7 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`; what it shows i
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,22 @@ def _held_out() -> list[dict[str, str]]:
     ]
 
 
+def _extrapolation(model: str) -> list[dict[str, str]]:
+    table: dict[str, dict[str, str]] = {}
+    for r in _rows("extrapolation"):
+        if r["model"] == model:
+            uniform = r["way"].endswith(", uniform")
+            change = "" if uniform else f", {r['change']:+.0f} % [{r['low']:+.0f}, {r['high']:+.0f}]"
+            star = " *" if not uniform and r["p"] < 0.05 else ""
+            row = table.setdefault(r["way"], {"scheme, layer factors": r["way"]})
+            row[f"{r['length']:,} tokens"] = f"{r['perplexity']:.1f}{change}{star}"
+    return [*table.values()]
+
+
 TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
     "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
+    "extrapolation_small": partial(_extrapolation, "small-rope"),
+    "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
 }  # fmt: skip
 
 

@@ -105,8 +105,9 @@ class Run:
         for shipped in sorted((ROOT / "data" / "results").glob(f"*{_SHIPPED}")):
             ledger.load(shipped)
         if seed and (ROOT / "data" / "results" / own).exists():
-            for row in sampled(ROOT / "data" / "results" / own, int(seed)).itertuples():
-                ledger.forget(row.model, row.scaling, row.question)
+            rows = sampled(ROOT / "data" / "results" / own, int(seed))
+            for model, scaling, question in rows[["model", "scaling", "question"]].to_numpy(str).tolist():
+                ledger.forget(model, scaling, question)
         return ledger
 
     def ship(self, candidates: list[tuple[str, str]], questions: list[str]) -> Path:

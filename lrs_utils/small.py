@@ -27,7 +27,7 @@ N_TRAINING_TEXTS = 32  # of Shakespeare's; the other ten are for measuring
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": WINDOW, "rope_theta": 10_000.0,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": True, "initializer_range": 0.07,
 }  # fmt: skip
 TRAINING = Training(steps=4000, batch=16, rate=2e-3, warmup=100, weight_decay=0.1)
 
@@ -54,30 +54,33 @@ def retrieval_text(rng: np.random.Generator, n: int, kind: str) -> Iterator[tupl
         read = "\n\n"
 
 
-def retrieval(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens of which only answers need be predicted: prose, a context, what questions fit."""
+def retrieval(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
+    """Documents of `length` tokens, filled with contexts and their questions; only answers need be predicted."""
     kinds = {"kv": (0.6, 13), "lines": (0.25, 20), "passkey": (0.15, 25)}  # how often, tokens an item
     names, (often, sizes) = [*kinds], zip(*kinds.values(), strict=True)
 
-    def one(rng: np.random.Generator) -> NDArray[np.int64]:
+    def problem(rng: np.random.Generator, room: int) -> list[int]:
         kind = int(rng.choice(len(names), p=often))
-        n, ids = int(rng.integers(1, max(2, length // sizes[kind]))), list[int]()
-        while not ids:
-            for read, predicted in retrieval_text(rng, n, names[kind]):
-                parts = tokenizer([read, read + predicted])["input_ids"]
-                if len(ids) + len(parts[1]) > length:
-                    break
-                ids += [~i for i in parts[0]] + parts[1][len(parts[0]) :]
-            n = max(1, n - 1)  # not one question fitted
-        start = int(rng.integers(len(prose) - length))
-        return np.array([~i for i in prose[start : start + length - len(ids)].tolist()] + ids)
+        n, ids = int(max(1, room // sizes[kind]) ** rng.random()), list[int]()  # few as often as many: they teach first
+        for read, predicted in retrieval_text(rng, n, names[kind]):
+            parts = tokenizer([read, read + predicted])["input_ids"]
+            if len(ids) + len(parts[1]) > room:
+                break
+            ids += [~i for i in parts[0]] + parts[1][len(parts[0]) :]
+        return ids
+
+    def one(rng: np.random.Generator) -> NDArray[np.int64]:
+        ids = list[int]()
+        for _ in range(8):
+            ids += problem(rng, length - len(ids))  # none if it doesn't fit
+        return np.array([~tokenizer.eos_token_id] * (length - len(ids)) + ids)
 
     return lambda n, rng: [one(rng) for _ in range(n)]
 
 
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens: one in eight prose, the others retrieval (of which fewer are judged)."""
-    stretch, asked = stretches(prose, length), retrieval(tokenizer, prose, length)
+    """Documents of `length` tokens: one in eight prose, the others retrieval (of which far less is judged)."""
+    stretch, asked = stretches(prose, length), retrieval(tokenizer, length)
     return lambda n, rng: [*stretch(n // 8, rng), *asked(n - n // 8, rng)]
 
 

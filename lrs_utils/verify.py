@@ -16,7 +16,7 @@ AGAIN = "again"  # the folder, below a run's, for pieces of tables measured agai
 _SAMPLE = 20  # outcomes forgotten behind each notebook
 _SLACK = 0.05  # relative and absolute: another machine adds bfloat16 products in another order
 _OFF = 0.05  # the share of values that may be further off: answers near a tie fall to the other side
-_TIMES = {"prices", "cluster", "benchmark"}  # seconds, which no machine gives twice
+_TIMES = {"prices", "cluster", "benchmark", "extrapolation_cost"}  # seconds, which no machine gives twice
 _NAMED = ["model", "scaling", "question", "max_new_tokens"]
 
 

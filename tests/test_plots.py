@@ -57,3 +57,14 @@ def test_a_generation_shows_its_candidates_and_the_best_up_to_then():
     first, second, third = plots.generations(result, shown=3).axes
     assert [len(axes.lines) for axes in (first, second, third)] == [3, 3, 2]
     assert [axes.lines[-1].get_ydata()[0] for axes in (first, second, third)] == [1.1, 1.1, 1.4]
+
+
+def test_perplexity_by_length_draws_each_scheme_and_its_best_layers():
+    nll = {"none, uniform": (1, 3), "PI, uniform": (1, 2), "PI, multiply, GA": (1, 1.5), "PI, divide, GA": (1, 1.8)}
+    rows = [(way, 128 * 2**i, value) for way, values in nll.items() for i, value in enumerate(values)]
+    [axes] = plots.perplexity_by_length(pd.DataFrame(rows, columns=["way", "length", "nll"])).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert [*lines] == ["none, uniform", "PI, uniform", "PI, multiply, GA"]
+    np.testing.assert_allclose(lines["PI, multiply, GA"].get_ydata(), np.exp([1, 1.5]))
+    assert lines["PI, uniform"].get_color() == lines["PI, multiply, GA"].get_color()
+    assert lines["PI, uniform"].get_linestyle() != lines["PI, multiply, GA"].get_linestyle()

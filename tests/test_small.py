@@ -1,0 +1,61 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import AutoTokenizer
+
+from lrs_utils import LayerScaling, load_lm, score, small, tasks
+from lrs_utils.models import SMALL, SMALL_FOLDER
+from lrs_utils.perplexity import window_nll
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return load_lm(SMALL, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(SMALL_FOLDER)
+
+
+def test_it_ships_small_with_its_window_and_losses():
+    assert sum(path.stat().st_size for path in SMALL_FOLDER.iterdir()) < 20 * 2**20
+    config = json.loads((SMALL_FOLDER / "config.json").read_text())
+    assert config["max_position_embeddings"] == small.WINDOW
+    losses = pd.read_csv(SMALL_FOLDER / "losses.csv")
+    assert losses["step"].iloc[-1] == small.TRAINING.steps
+    assert losses["loss"].iloc[-1] < 0.6 * losses["loss"].iloc[0]
+
+
+def test_it_reads_answers_and_prose_within_its_window(lm):
+    unscaled = [LayerScaling.identity(lm.num_layers)]
+    outcomes = score(lm, tasks.kv_retrieval(6, 10, seed=9, keys="short"), unscaled)
+    assert outcomes.exact.mean() > 0.5
+    nll = window_nll(lm, small.measuring_texts()[0], [small.WINDOW], stride=128, n_windows=10)
+    assert nll.mean() < 5 < np.log(len(lm.tokenizer))
+
+
+def test_texts_that_measure_were_not_trained_on():
+    trained = tasks.long_texts("shakespeare", small.N_TRAINING_TEXTS)
+    assert len(small.measuring_texts()) == 10
+    assert not {text[:200] for text in trained} & {text[:200] for text in small.measuring_texts()}
+
+
+def test_only_answers_of_retrieval_are_to_be_predicted(tokenizer):
+    for document in small.retrieval(tokenizer, 256)(20, np.random.default_rng(0)):
+        assert len(document) == 256
+        judged = document >= 0
+        text = tokenizer.decode(np.where(judged, document, ~document))
+        for run in np.split(np.arange(256), np.flatnonzero(np.diff(judged)) + 1):
+            answer = tokenizer.decode(document[run]) if judged[run[0]] else ""
+            assert not answer or (text.count(answer[:-1]) > 1 and answer[-1] in '">.'), "it stands in the context too"
+
+
+def test_documents_are_the_same_for_the_same_step(tokenizer):
+    prose = np.arange(2_000, dtype=np.uint32)
+    first, again, other = (small.mixed(tokenizer, prose, 256)(8, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert [bool((document >= 0).all()) for document in first] == [True] + 7 * [False]
