@@ -174,15 +174,22 @@ def train(
     trained = model.merge_and_unload() if training.lora else model
     if training.checkpointing:
         trained.gradient_checkpointing_disable()
-    trained.to(lm.model.dtype).requires_grad_(False).train(False)
+    cast(trained, lm.model.dtype).requires_grad_(False).train(False)
     return replace(lm, model=trained, fingerprint=fingerprint(trained, lm.tokenizer)), np.array(losses)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+    """Weights in another precision. `to` would round the rotary frequencies too, which loading keeps in float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def _trainable(model: PreTrainedModel, training: Training) -> Any:
     if training.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     if training.lora is None:
-        return nn.Module.to(model, torch.float32).requires_grad_(True).train()
+        return cast(model, torch.float32).requires_grad_(True).train()
     from peft import LoraConfig, get_peft_model
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -5,6 +5,7 @@ from the retrieval tasks in small, which it is taught (a model of this size woul
 data/small-rope with its losses; `load_lm("small-rope")` reads it.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lrs_utils import tasks
 from lrs_utils.cream import plain
-from lrs_utils.finetune import Documents, Training, stretches, tokens_on_disk, train
+from lrs_utils.finetune import Documents, Training, cast, stretches, tokens_on_disk, train
 from lrs_utils.models import LM, SMALL_FOLDER, cache_folder, fingerprint, load_lm
 
 WINDOW = 256
@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": WINDOW, "rope_theta": 10_000.0,
     "tie_word_embeddings": True, "initializer_range": 0.07,
 }  # fmt: skip
-TRAINING = Training(steps=4000, batch=16, rate=2e-3, warmup=100, weight_decay=0.1)
+TRAINING = Training(steps=4000, batch=16, rate=1.5e-3, warmup=100, weight_decay=0.1)
 
 
 def measuring_texts() -> list[str]:
@@ -78,10 +78,35 @@ def retrieval(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
     return lambda n, rng: [one(rng) for _ in range(n)]
 
 
+def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
+    """Documents of `length` tokens: pairs of keys and values, then keys again and again, whose values are predicted.
+
+    Far more answers than `retrieval` has: they teach to look up.
+    """
+
+    def one(rng: np.random.Generator) -> NDArray[np.int64]:
+        [probe] = tasks.kv_retrieval(int(12 ** rng.random()), 1, int(rng.integers(2**31)), keys="short").probes
+        pairs = re.findall(r'("\w+": ")(\d+")', probe.context)
+        read = tokenizer("{" + ",\n ".join(key + value for key, value in pairs))["input_ids"]
+        ids = [~i for i in read]
+        while len(ids) < length:
+            key, value = pairs[rng.integers(len(pairs))]
+            before, whole = tokenizer([",\n " + key, ",\n " + key + value])["input_ids"]
+            ids += [~i for i in before] + whole[len(before) :]
+        return np.array(ids[:length])
+
+    return lambda n, rng: [one(rng) for _ in range(n)]
+
+
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens: one in eight prose, the others retrieval (of which far less is judged)."""
-    stretch, asked = stretches(prose, length), retrieval(tokenizer, length)
-    return lambda n, rng: [*stretch(n // 8, rng), *asked(n - n // 8, rng)]
+    """Documents of `length` tokens: one in eight prose, of the others half retrieval, half what teaches to look up."""
+    kinds = (stretches(prose, length), retrieval(tokenizer, length), recalled(tokenizer, length))
+
+    def draw(n: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        counts = (n // 8, (n - n // 8) // 2, n - n // 8 - (n - n // 8) // 2)
+        return [document for kind, count in zip(kinds, counts, strict=True) for document in kind(count, rng)]
+
+    return draw
 
 
 def make(folder: Path = SMALL_FOLDER) -> LM:
@@ -92,10 +117,10 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
-    nn.Module.to(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
+    cast(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
     start = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
     prose = tokens_on_disk(start, texts, work)
-    about = {"documents": "one in eight prose, else retrieval with answers judged", "window": WINDOW}
+    about = {"documents": "one in eight prose, of the others half retrieval, half recalled; answers judged", "window": WINDOW}
     lm, losses = train(start, mixed(tokenizer, prose, WINDOW), plain(WINDOW), TRAINING, work, about=about)
     folder.mkdir(parents=True, exist_ok=True)
     lm.model.save_pretrained(folder)
