@@ -26,6 +26,7 @@ import nbformat
 import papermill
 import yaml
 
+from lrs_utils.files import write_whole
 from lrs_utils.reproduce import RESULTS_FOLDER, ROOT, revision, versions
 from lrs_utils.verify import VERIFY, compared
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = options.out or ROOT / "build" / "runs" / name
     folder = folder.resolve()  # notebooks run elsewhere
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "manifest.json").exists():
+        if not _is_run_folder(folder):
             parser.error(f"{folder} is no run folder; it is left as it is: give another --out")
         if not options.resume:
             shutil.rmtree(folder)
@@ -98,10 +99,20 @@ def main(arguments: Sequence[str]) -> int:
     if options.verify:
         again = compared(folder, ROOT / "data" / "results", options.seed)
         agree = bool(again) and all(result.agrees for result in again)
+        if not again:
+            print("nothing that is committed was found again: these notebooks have no results")
         for result in again:
             verdict = "agrees" if result.agrees else "DIFFERS"
             print(f"{verdict}  {result.name}: {result.off} of {result.values} values off  {result.note}".rstrip())
     return int(not agree or any(done.status != "ok" for done in ended))
+
+
+def _is_run_folder(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"command", "notebooks", "sha256"} <= manifest.keys()
 
 
 def _chosen(only: Sequence[str]) -> list[Path]:
@@ -139,10 +150,10 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
 
 
 def _digest(path: Path, parameters: dict[str, Any]) -> str:
-    """Of all that a run depends on: parameters, the notebook's code, the profile, the module, factors and versions."""
+    """Of what is committed and a run depends on: code, parameters, profile, module, factors, small model, versions."""
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
     files = sorted((ROOT / "lrs_utils").rglob("*.py"))
-    files += sorted((ROOT / "data" / "factors").glob("*.json"))
+    files += sorted((ROOT / "data" / "factors").glob("*.json")) + sorted((ROOT / "data" / "small-rope").glob("*.csv"))
     files.append(ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml")
     parts = [json.dumps([parameters, code, versions()]), *(file.read_text(encoding="utf-8") for file in files)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -212,9 +223,7 @@ def _write_manifest(folder: Path, options: argparse.Namespace, ended: Mapping[st
         "notebooks": [asdict(ended[name]) for name in sorted(ended)],
         "sha256": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in results},
     }
-    part = folder / f"manifest.{os.getpid()}"
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, folder / "manifest.json")
+    write_whole(folder / "manifest.json", json.dumps(content, indent=1))
 
 
 def _command_line(options: argparse.Namespace) -> list[str]:

@@ -10,7 +10,6 @@ import inspect
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
 from lrs_utils.cream import Sampler
+from lrs_utils.files import write_whole
 from lrs_utils.models import LM, fingerprint
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling
@@ -41,10 +40,9 @@ def tokens_on_disk(lm: LM, texts: Sequence[str], folder: str | Path) -> NDArray[
     if not path.exists():
         end = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
         ids = np.concatenate([np.array(lm.tokenizer(text)["input_ids"] + end, np.uint32) for text in texts])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
-        np.save(part, ids)
-        os.replace(part, path)
+        file = io.BytesIO()
+        np.save(file, ids)
+        write_whole(path, file.getbuffer())
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
@@ -143,10 +141,11 @@ def train(
     described = {"training": vars(training), "model": lm.fingerprint, "scaling": scaled_as, "about": dict(about)}
     known = folder / "training.json"
     if not known.exists():
-        _write(known, json.dumps(described, indent=1).encode())
+        write_whole(known, json.dumps(described, indent=1))
     elif known.read_text() != json.dumps(described, indent=1):
         raise ValueError(f"{folder} holds another training (see {known}); give another folder")
-    with torch.random.fork_rng(devices=[]):
+    own = [lm.model.device] if lm.model.device.type == "cuda" else []  # whose random numbers are left as they were
+    with torch.random.fork_rng(devices=own):
         torch.manual_seed(training.seed)  # LoRA's first weights
         bare = copy.deepcopy(lm.model)
         model = _trainable(bare, training)
@@ -157,7 +156,7 @@ def train(
     bar = Progress(training.steps, "training")
     with ExitStack() as stack:
         stack.enter_context(bar.entered())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.random.fork_rng(devices=own))
         if scaling is not None:
             stack.enter_context(scaling.applied_to(bare))
         bar.advance(len(losses))
@@ -224,7 +223,9 @@ def _step(
         loss.backward()
         total += loss.item()
     if not math.isfinite(total):
-        raise FloatingPointError(f"the loss of step {step} is {total}; lower the rate, or train in float32")
+        raise FloatingPointError(
+            f"the loss of step {step} is {total}; lower the rate, train in float32, or give tokens to predict"
+        )
     return total
 
 
@@ -237,16 +238,9 @@ def _save(path: Path, weights: list[Any], adam: Any, schedule: Any, losses: list
     }
     file = io.BytesIO()
     torch.save(state, file)
-    _write(path, file.getbuffer())
+    write_whole(path, file.getbuffer())
     curve = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(losses, 1))
-    _write(path.with_name("losses.csv"), f"step,loss\n{curve}".encode())
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """All of it or nothing."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    write_whole(path.with_name("losses.csv"), f"step,loss\n{curve}")
 
 
 def _resumed(path: Path, weights: list[Any], adam: Any, schedule: Any) -> list[float]:

@@ -174,7 +174,8 @@ class GradientSearch:
             low = 0.0
             if not extrapolate:
                 longest = max(pack(lm, probe, "a context").longest for suite in self._suites for probe in suite.probes)
-                low = 1.1 * longest / (lm.window * replace(start, factors=(1.0,) * lm.num_layers).reach)
+                reach = replace(start, factors=(1.0,) * lm.num_layers).reach
+                low = 1.1 * longest / (lm.window * (reach if math.isfinite(reach) else 1.0))
             bounds = min(max(low, 1e-3), *start.factors), math.inf
         self._bounds, self._extrapolate = bounds, extrapolate
         self._lm, self._ledger, self._start, self._steps, self._every = lm, ledger, start, steps, every

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lrs_utils.files import write_whole
+
 _APPLICATION_ID = 0x4C52_5331  # "LRS1" in the file's header: ours, and this layout
 _SCHEMA = """
 CREATE TABLE candidates (id INTEGER PRIMARY KEY, model TEXT NOT NULL, scaling TEXT NOT NULL, UNIQUE (model, scaling));
@@ -244,10 +246,9 @@ class Ledger:
         writer.writerows(outcomes)
         writer.writerows(others)
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = text.getvalue().encode()
         if not path.exists() or gzip.decompress(path.read_bytes()).partition(b"\n")[2] != content.partition(b"\n")[2]:
-            path.write_bytes(gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
+            write_whole(path, gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
         return len(outcomes) + len(others)
 
     def load(self, path: str | Path) -> int:

@@ -278,7 +278,7 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
 
 
 def perplexity_by_length(rows: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
-    """Perplexity against length: each scheme with one stretch for all layers, and the best of its layer-specific ways.
+    """Perplexity against length: each scheme with one stretch for all layers, and its layer-specific way best on this.
 
     Parameters
     ----------

@@ -28,6 +28,7 @@ import nbformat
 import pandas as pd
 import yaml
 
+from lrs_utils.files import write_whole
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import cache_folder
 from lrs_utils.progress import Progress
@@ -138,9 +139,9 @@ class Run:
                 if committed != path:
                     shutil.copyfile(committed, path)
                 if seed := os.environ.get(VERIFY):
-                    piece = random.Random(f"{seed} {name}").choice([*pieces])
+                    nth, piece = random.Random(f"{seed} {name}").choice([*enumerate(pieces)])
                     again = pieces[piece]().to_csv(index=False, float_format="%.6g")
-                    _write(self.path(f"{AGAIN}/{name}.csv"), f"# {piece}\n{again}")
+                    write_whole(self.path(f"{AGAIN}/{name}.csv"), f"# {nth} of {len(pieces)}: {piece}\n{again}")
                 return pd.read_csv(path, skiprows=1)
         parts, bar = [], Progress(len(pieces), name)
         with bar.entered():
@@ -148,12 +149,11 @@ class Run:
                 digest = hashlib.sha256(json.dumps({"piece": piece, **settings}).encode()).hexdigest()[:16]
                 part = cache_folder() / "tables" / f"{name}-{digest}.csv"
                 if self.fresh or not part.exists():
-                    part.parent.mkdir(exist_ok=True)
-                    _write(part, measure().to_csv(index=False, float_format="%.6g"))
+                    write_whole(part, measure().to_csv(index=False, float_format="%.6g"))
                 parts.append(pd.read_csv(part))
                 bar.advance(1, piece)
         rows = pd.concat(parts).to_csv(index=False, float_format="%.6g")
-        _write(path, f"# {about} | {self.provenance}\n{rows}")
+        write_whole(path, f"# {about} | {self.provenance}\n{rows}")
         return pd.read_csv(path, skiprows=1)
 
     def find(self, relative: str) -> Path | None:
@@ -218,13 +218,6 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
             overridden[name] = value
         namespace[name] = settings[name] = settings.get(name) if value is None else value
     return Run(notebook, profile, settings, overridden, bool(namespace.get("fresh", False)))
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def versions() -> str:

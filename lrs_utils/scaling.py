@@ -9,8 +9,6 @@ import copy
 import inspect
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from lrs_utils.files import write_whole
 from lrs_utils.rope import COMBINATIONS, DYNAMIC, SCHEMES, layer_frequencies
 
 
@@ -161,9 +160,12 @@ class LayerScaling:
     @property
     def reach(self) -> float:
         """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
-        if self.scheme == DYNAMIC:  # stretches by what is read
-            return math.inf if self.combine == "multiply" else min(math.inf if f >= 1 else f for f in self.factors)
-        return self.extension * min(self.factors)
+        lowest = min(self.factors)
+        if self.scheme != DYNAMIC:
+            return self.extension * lowest
+        if self.combine == "divide":  # of what is stretched as it is read
+            return math.inf if lowest >= 1 else lowest
+        return math.inf if self.extension * lowest >= 1 else 1.0
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
@@ -176,8 +178,9 @@ class LayerScaling:
         ----------
         length : int, optional
             Of "dynamic_ntk": tokens that it stretches for. By default what the first forward pass of a sequence reads,
-            also for what comes after it: keys in the cache keep the frequencies that they were rotated by, so the
-            queries must too. (transformers changes them for each new token, and old keys no longer fit.)
+            also for what comes after it (one sequence after the other, not by turns): keys in the cache keep the
+            frequencies that they were rotated by, so the queries must too. (transformers changes them for each new
+            token, and old keys no longer fit.)
 
         Raises
         ------
@@ -336,26 +339,16 @@ def save_factors(path: str | Path, scaling: LayerScaling, **provenance: Any) -> 
     `provenance` is any JSON value by name: model, fingerprint, suite, seeds, versions, command, and `held_out`
     (accuracy and its interval on contexts the search never saw).
     """
-    path = Path(path)
     reserved = _FILE_KEYS & provenance.keys()
     if reserved:
         raise ValueError(f"provenance may not be called {', '.join(sorted(reserved))}: the file format uses that name")
     temperatures = None if scaling.temperatures is None else list(scaling.temperatures)
     head = {"format": _FORMAT, "version": _VERSION, "scheme": scaling.scheme}
-    if scaling.scheme == DYNAMIC or scaling.extension != 1:
+    if (scaling.extension, scaling.combine) != (1.0, COMBINATIONS[0]):
         head |= {"extension": scaling.extension, "combine": scaling.combine}
     content = head | {"factors": list(scaling.factors), "temperatures": temperatures} | provenance
     text = json.dumps(content, indent=1, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-        try:
-            part.write(text + "\n")
-            part.close()
-            os.chmod(part.name, 0o644)
-            os.replace(part.name, path)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    write_whole(path, f"{text}\n")
 
 
 def load_factors(path: str | Path) -> LayerScaling:

@@ -363,8 +363,10 @@ def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kep
 
 def context_tokens(lm: LM, probe: Probe) -> int:
     """What "dynamic_ntk" stretches for: the context, whatever is asked about it, so that a question's outcome doesn't
-    hang on which others are asked with it."""
-    return len(lm.tokenizer(probe.context)["input_ids"])
+    hang on which others are asked with it. A text that goes on, which nothing asks for, is read to its end."""
+    [first, *others] = probe.questions
+    continued = "" if first.prompt or others else first.answer
+    return len(lm.tokenizer(probe.context + continued)["input_ids"])
 
 
 def refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:

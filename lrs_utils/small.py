@@ -120,7 +120,8 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
     cast(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
     start = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
     prose = tokens_on_disk(start, texts, work)
-    about = {"documents": "one in eight prose, of the others half retrieval, half recalled; answers judged", "window": WINDOW}
+    documents = "one in eight prose, of the others half retrieval, half recalled; answers judged"
+    about = {"documents": documents, "window": WINDOW}
     lm, losses = train(start, mixed(tokenizer, prose, WINDOW), plain(WINDOW), TRAINING, work, about=about)
     folder.mkdir(parents=True, exist_ok=True)
     lm.model.save_pretrained(folder)

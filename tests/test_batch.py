@@ -117,4 +117,7 @@ def test_a_folder_that_is_no_run_folder_is_left_as_it_is(collection, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--profile", "smoke", "--out", str(mine)])
     assert "is no run folder" in capsys.readouterr().err
+    (mine / "manifest.json").write_text('{"name": "of something else"}')
+    with pytest.raises(SystemExit, match="2"):
+        main(["--profile", "smoke", "--out", str(mine)])
     assert (mine / "thesis.txt").read_text() == "all of it"

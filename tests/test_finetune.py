@@ -178,12 +178,18 @@ def test_training_in_bfloat16_of_the_embedded_model_takes_a_step(smollm2, tmp_pa
 
 
 def test_training_in_bfloat16_learns_as_in_float32_does(documents, tmp_path):
-    lm, losses = load_lm("tiny-llama", dtype="bfloat16", device="cpu"), {}
+    lm, losses, trained = load_lm("tiny-llama", dtype="bfloat16", device="cpu"), {}, None
     for name, model in {"bf16": lm.model, "f32": copy.deepcopy(lm.model).float()}.items():
         start = replace(lm, model=model)
-        _, losses[name] = train(start, documents, plain(48), SHORT, tmp_path / name, about=ABOUT)
+        result, losses[name] = train(start, documents, plain(48), SHORT, tmp_path / name, about=ABOUT)
+        trained = result if name == "bf16" else trained
     assert losses["f32"][-1] < 0.9 * losses["f32"][0]
     np.testing.assert_allclose(losses["bf16"], losses["f32"], rtol=0.02)
+    assert trained.model.dtype == torch.bfloat16
+    for name, frequencies in lm.model.model.rotary_emb.named_buffers():
+        after = trained.model.model.rotary_emb.get_buffer(name)
+        assert after.dtype == torch.float32
+        torch.testing.assert_close(after, frequencies, rtol=0, atol=0)
 
 
 def test_bfloat16_weights_are_trained_in_float32(documents, tmp_path):

@@ -83,11 +83,12 @@ def test_what_has_no_gradient_is_refused(tiny):
         nll_gradient(tiny, tasks.kv_retrieval(400, 1, keys="short").probes[0], LayerScaling((0.1, 1.0)))
 
 
-def test_a_factor_does_not_fall_until_a_context_no_longer_fits(tiny, monkeypatch):
+@pytest.mark.parametrize("start", [None, LayerScaling((1.0, 1.0), "dynamic_ntk", combine="divide")])
+def test_a_factor_does_not_fall_until_a_context_no_longer_fits(tiny, monkeypatch, start):
     suite = tasks.kv_retrieval(12, 3, keys="short")
     low = 1.1 * max(pack(tiny, probe, "").longest for probe in suite.probes) / tiny.window
     monkeypatch.setattr(gradient, "nll_gradient", lambda *_, **__: (1.0, np.ones((2, 2))))  # down, always
-    searcher = GradientSearch(tiny, suite, steps=4, every=2, rate=3.0)
+    searcher = GradientSearch(tiny, suite, start=start, steps=4, every=2, rate=3.0)
     result = search(tiny, suite, searcher, budget=3, objective=mixture(1))
     assert result.candidates[-1].factors == pytest.approx((low, low), abs=1e-4)
 

@@ -160,7 +160,8 @@ def test_a_length_is_for_dynamic_ntk_alone():
             scaling.applied_to(model, length=length),
         ):
             pass
-    assert LayerScaling((0.5, 1.0), "dynamic_ntk").reach == float("inf")
+    assert LayerScaling((0.5, 1.0), "dynamic_ntk", extension=2).reach == float("inf")
+    assert LayerScaling((0.5, 1.0), "dynamic_ntk").reach == 1, "beyond the window it stretches by less than is needed"
     assert LayerScaling((0.5, 1.0), "dynamic_ntk", combine="divide").reach == 0.5
 
 
@@ -342,8 +343,17 @@ def test_temperatures_are_refused_where_only_a_part_of_the_head_is_rotated():
         pass
 
 
-def test_factor_files_keep_scaling_and_provenance(tmp_path):
-    scaling = LayerScaling((1.25, 0.9), temperatures=(1.0, 1.1))
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LayerScaling((1.25, 0.9), temperatures=(1.0, 1.1)),
+        LayerScaling((1.5, 0.9), "ntk", combine="divide"),
+        LayerScaling((1.5, 0.9), "yarn", extension=2),
+        LayerScaling((1.5, 0.9), "dynamic_ntk", extension=2, combine="divide"),
+    ],
+    ids=lambda scaling: scaling.scheme,
+)
+def test_factor_files_keep_scaling_and_provenance(tmp_path, scaling):
     save_factors(tmp_path / "new" / "f.json", scaling, model="tiny", held_out={"accuracy": 0.5, "interval": [0.4, 0.6]})
     assert load_factors(tmp_path / "new" / "f.json") == scaling
     content = json.loads((tmp_path / "new" / "f.json").read_text())

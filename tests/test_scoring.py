@@ -301,6 +301,8 @@ def test_dynamic_ntk_gives_each_context_the_frequencies_of_its_own_length(tiny):
     suite = Suite("mixed", (within, beyond))
     factors, plain = (1.2, 0.9), LayerScaling.identity(2)
     scalings = [LayerScaling(factors, "dynamic_ntk", extension=2.0), plain]
+    [text] = tasks.continuations("a b c d " * 50, 1, words=30, judged=10).probes
+    assert context_tokens(tiny, text) == len(tiny.tokenizer(text.context + text.questions[0].answer)["input_ids"])
     length = context_tokens(tiny, beyond)
     assert context_tokens(tiny, within) < window < length
     found = score(tiny, suite, scalings, extrapolate=True)

@@ -48,6 +48,7 @@ def test_only_answers_of_retrieval_are_to_be_predicted(tokenizer):
         assert len(document) == 256
         judged = document >= 0
         text = tokenizer.decode(np.where(judged, document, ~document))
+        assert judged.any()
         for run in np.split(np.arange(256), np.flatnonzero(np.diff(judged)) + 1):
             answer = tokenizer.decode(document[run]) if judged[run[0]] else ""
             assert not answer or (text.count(answer[:-1]) > 1 and answer[-1] in '">.'), "it stands in the context too"

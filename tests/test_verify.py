@@ -50,7 +50,7 @@ def test_a_sample_is_measured_again_and_agrees(repository, tmp_path):
     n_known, found = verified(tmp_path, repository, nll_off=0.01)
     assert n_known == 30
     assert all(result.agrees and result.off == 0 for result in found.values())
-    assert set(found) == {"01_a.outcomes.csv.gz", "decay.csv", "decay.csv 2 of 4 rows"}
+    assert set(found) == {"01_a.outcomes.csv.gz", "decay.csv 2 of 4 rows"}, "not a table with its own copy"
     assert found["01_a.outcomes.csv.gz"].values == 20 * 2
     assert {*sampled(repository / "01_a.outcomes.csv.gz", 3)["question"]} != {
         *sampled(repository / "01_a.outcomes.csv.gz", 4)["question"]
@@ -74,12 +74,33 @@ def test_a_changed_number_in_a_committed_result_is_told(repository, tmp_path):
     assert found[path.name].off == 1
 
 
+def test_texts_and_gradients_are_compared_too(tmp_path):
+    for folder, text in ((tmp_path / "committed", "Rome"), (tmp_path / "run" / "data" / "results", "Paris")):
+        ledger = Ledger(folder / "ledger.sqlite")
+        ledger.record("model", "pi|1.0", ["q"], np.array([True]), np.array([0.5]))
+        ledger.record_texts("model", "pi|1.0", 8, ["t"], [text])
+        ledger.record_gradient("model", "pi|1.0", "g", 0.25, np.full((2, 3), 0.5 + len(text) / 1e4))
+        ledger.export(folder / "01_a.outcomes.csv.gz", [("model", "pi|1.0")], ["q", "t", "g"], "about")
+    [result] = compared(tmp_path / "run", tmp_path / "committed", 3)
+    assert (result.values, result.off) == (3 * 3, 1)
+
+
+def test_a_piece_may_lack_columns_and_stands_at_its_own_place(tmp_path):
+    for folder in ("committed", "run/again"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "committed" / "a.csv").write_text("# about\nvalue,other\n1,\n2,5\n3,\n4,\n")
+    piece = tmp_path / "run" / "again" / "a.csv"
+    for text, off in (("# 1 of 2: b\nvalue\n3\n4\n", 0), ("# 0 of 2: a\nvalue\n3\n4\n", 2)):
+        piece.write_text(text)
+        [result] = compared(tmp_path / "run", tmp_path / "committed", 3)
+        assert (result.off, result.values) == (off, 2)
+
+
 def test_seconds_are_not_compared(repository, tmp_path):
     for folder in (repository, tmp_path / "run" / "data" / "results"):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prices.csv").write_text("seconds\n1\n" if folder == repository else "seconds\n2\n")
+        (folder / "prices.csv").write_text("way,seconds\na,1\n" if folder == repository else "way,seconds\na,2\n")
         (folder / "derived.csv").write_text("gain\n1\n" if folder == repository else "gain\n2\n")
     found = {result.name: result for result in compared(tmp_path / "run", repository, 3)}
-    assert set(found) == {"derived.csv"}
-    assert not found["derived.csv"].agrees
+    assert {name: result.agrees for name, result in found.items()} == {"prices.csv": True, "derived.csv": False}
     assert verify.Compared("empty", 0, 0, "").agrees is False
