@@ -1,8 +1,9 @@
 """A small RoPE model made here, so that reading beyond a window and fine-tuning can be tried again in minutes.
 
-`python -m lrs_utils.small` makes it: a tokenizer and a Llama of 3 million weights, window 256, from Shakespeare and
-from the retrieval tasks in small, which it is taught (a model of this size would not read them otherwise). It ships in
-data/small-rope with its losses; `load_lm("small-rope")` reads it.
+`python -m lrs_utils.small` makes it: a tokenizer and a Llama of a million weights, window 256, from Shakespeare and
+from the retrieval tasks in small, which it is taught (a model of this size would not read them otherwise), on documents
+that grow to the window (on long ones alone it does not learn to look up in this time). It ships in data/small-rope with
+its losses; `load_lm("small-rope")` reads it.
 """
 
 import re
@@ -25,11 +26,15 @@ from lrs_utils.models import LM, SMALL_FOLDER, cache_folder, fingerprint, load_l
 WINDOW = 256
 N_TRAINING_TEXTS = 32  # of Shakespeare's; the other ten are for measuring
 SIZES: dict[str, Any] = {
-    "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
-    "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": WINDOW, "rope_theta": 10_000.0,
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": WINDOW, "rope_theta": 10_000.0,
     "tie_word_embeddings": True, "initializer_range": 0.07,
 }  # fmt: skip
-TRAINING = Training(steps=4000, batch=16, rate=1.5e-3, warmup=100, weight_decay=0.1)
+STAGES = {  # tokens of a document: how it is trained on such
+    64: Training(steps=2000, batch=48, rate=3e-3, warmup=50, weight_decay=0.1),
+    128: Training(steps=2000, batch=24, rate=2e-3, warmup=50, weight_decay=0.1),
+    WINDOW: Training(steps=4000, batch=16, rate=2e-3, warmup=50, weight_decay=0.1),
+}
 
 
 def measuring_texts() -> list[str]:
@@ -85,7 +90,9 @@ def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
     """
 
     def one(rng: np.random.Generator) -> NDArray[np.int64]:
-        [probe] = tasks.kv_retrieval(int(12 ** rng.random()), 1, int(rng.integers(2**31)), keys="short").probes
+        [probe] = tasks.kv_retrieval(
+            int(max(1, length // 20) ** rng.random()), 1, int(rng.integers(2**31)), keys="short"
+        ).probes
         pairs = re.findall(r'("\w+": ")(\d+")', probe.context)
         read = tokenizer("{" + ",\n ".join(key + value for key, value in pairs))["input_ids"]
         ids = [~i for i in read]
@@ -99,11 +106,16 @@ def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
 
 
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens: one in eight prose, of the others half retrieval, half what teaches to look up."""
+    """Documents of `length` tokens: one in eight prose, of the others half what teaches to look up, half retrieval.
+
+    Those too short for the tasks' instructions have no retrieval.
+    """
     kinds = (stretches(prose, length), retrieval(tokenizer, length), recalled(tokenizer, length))
 
     def draw(n: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-        counts = (n // 8, (n - n // 8) // 2, n - n // 8 - (n - n // 8) // 2)
+        n_prose = n // 8
+        n_asked = (n - n_prose) // 2 if length >= 128 else 0
+        counts = (n_prose, n_asked, n - n_prose - n_asked)
         return [document for kind, count in zip(kinds, counts, strict=True) for document in kind(count, rng)]
 
     return draw
@@ -118,17 +130,19 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
     cast(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
-    start = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
-    prose = tokens_on_disk(start, texts, work)
-    documents = "one in eight prose, of the others half retrieval, half recalled; answers judged"
-    about = {"documents": documents, "window": WINDOW}
-    lm, losses = train(start, mixed(tokenizer, prose, WINDOW), plain(WINDOW), TRAINING, work, about=about)
+    lm = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
+    prose, losses = tokens_on_disk(lm, texts, work), []
+    for length, training in STAGES.items():
+        about = {"documents": "prose, retrieval, recalled; answers judged", "length": length}
+        lm, found = train(lm, mixed(tokenizer, prose, length), plain(length), training, work / str(length), about=about)
+        losses += [{"length": length, "step": step, "loss": loss} for step, loss in enumerate(found, 1)]
     folder.mkdir(parents=True, exist_ok=True)
     lm.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    every = np.arange(0, len(losses), 20)
-    means = [losses[first : first + 20].mean() for first in every]
-    pd.DataFrame({"step": every + 20, "loss": means}).to_csv(folder / "losses.csv", index=False, float_format="%.4f")
+    table = pd.DataFrame(losses)
+    table["step"] = (table["step"] - 1) // 20 * 20 + 20
+    means = table.groupby(["length", "step"], as_index=False)["loss"].mean()
+    means.to_csv(folder / "losses.csv", index=False, float_format="%.4f")
     return load_lm(str(folder), dtype="float32")
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ def test_it_ships_small_with_its_window_and_losses():
     config = json.loads((SMALL_FOLDER / "config.json").read_text())
     assert config["max_position_embeddings"] == small.WINDOW
     losses = pd.read_csv(SMALL_FOLDER / "losses.csv")
-    assert losses["step"].iloc[-1] == small.TRAINING.steps
+    assert dict(losses.groupby("length")["step"].max()) == {n: stage.steps for n, stage in small.STAGES.items()}
     assert losses["loss"].iloc[-1] < 0.6 * losses["loss"].iloc[0]
 
 
@@ -60,3 +61,11 @@ def test_documents_are_the_same_for_the_same_step(tokenizer):
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     assert [bool((document >= 0).all()) for document in first] == [True] + 7 * [False]
+    assert {len(document) for document in small.mixed(tokenizer, prose, 64)(8, np.random.default_rng(0))} == {64}
+
+
+def test_keys_are_asked_again_with_their_own_values(tokenizer):
+    for document in small.recalled(tokenizer, 128)(10, np.random.default_rng(0)):
+        text = tokenizer.decode(np.where(document < 0, ~document, document))
+        pairs = re.findall(r'"(\w+)": "(\d{5})"', text)
+        assert len(pairs) > len(dict(pairs)) == len(set(pairs)), "each key has one value, and some stand twice"
