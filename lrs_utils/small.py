@@ -90,9 +90,8 @@ def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
     """
 
     def one(rng: np.random.Generator) -> NDArray[np.int64]:
-        [probe] = tasks.kv_retrieval(
-            int(max(1, length // 20) ** rng.random()), 1, int(rng.integers(2**31)), keys="short"
-        ).probes
+        n, seed = int((length // 20) ** rng.random()), int(rng.integers(2**31))
+        [probe] = tasks.kv_retrieval(n, 1, seed, keys="short").probes
         pairs = re.findall(r'("\w+": ")(\d+")', probe.context)
         read = tokenizer("{" + ",\n ".join(key + value for key, value in pairs))["input_ids"]
         ids = [~i for i in read]
