@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lrs_utils.bezier import BezierCurve
@@ -277,29 +278,32 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     return figure
 
 
-def perplexity_by_length(rows: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
+def perplexity_by_length(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Perplexity against length: each scheme with one stretch for all layers, and its layer-specific way best on this.
 
     Parameters
     ----------
-    rows : DataFrame
-        With "way" ("scheme, uniform" or "scheme, ...", one of the latter is drawn, dashed), "length" in tokens, "nll".
+    tables : mapping of title to DataFrame
+        A panel each. With "way" ("scheme, uniform" or "scheme, ...", one of the latter is drawn, dashed), "length" in
+        tokens, "nll".
     """
-    ax = ax or plt.subplots()[1]
-    nll = rows.groupby(["way", "length"], sort=False)["nll"].mean().unstack()
-    schemes = nll.index.str.partition(", ").get_level_values(0)
-    for scheme, colour in zip(dict.fromkeys(schemes), _COLOURS, strict=False):
-        uniform = nll.index.str.endswith(", uniform")
-        own, searched = nll[(schemes == scheme) & uniform], nll[(schemes == scheme) & ~uniform]
-        best = searched.loc[searched.mean(axis=1).nsmallest(1).index]
-        for drawn, style in ((own, "-o"), (best, "--s")):
-            for way, line in drawn.iterrows():
-                ax.plot(line.index, np.exp(line), style, color=colour, markersize=3.5, label=way)
-    ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity")
-    ax.set_xticks(nll.columns, [f"{length:,}" for length in nll.columns])
-    ax.minorticks_off()
-    ax.legend(frameon=False, fontsize="x-small")
-    return _figure(ax)
+    figure, panels = plt.subplots(1, len(tables), figsize=(5.5 * len(tables), 4), squeeze=False)
+    schemes = dict.fromkeys(way.partition(", ")[0] for rows in tables.values() for way in rows["way"])
+    for (title, rows), ax in zip(tables.items(), panels[0], strict=True):
+        nll = rows.groupby(["way", "length"], sort=False)["nll"].mean().unstack()
+        scheme_of, uniform = nll.index.str.partition(", ").get_level_values(0), nll.index.str.endswith(", uniform")
+        for scheme, colour in zip(schemes, _COLOURS, strict=False):
+            own, searched = nll[(scheme_of == scheme) & uniform], nll[(scheme_of == scheme) & ~uniform]
+            best = searched.loc[searched.mean(axis=1).nsmallest(1).index]
+            for drawn, style in ((own, "-o"), (best, "--s")):
+                for way, line in drawn.iterrows():
+                    ax.plot(line.index, np.exp(line), style, color=colour, markersize=3.5, label=way)
+        ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=title)
+        ax.set_xticks(nll.columns, [f"{length:,}" for length in nll.columns])
+        ax.xaxis.minorticks_off()
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+        ax.legend(frameon=False, fontsize="x-small")
+    return figure
 
 
 def _figure(ax: Axes) -> Figure:

@@ -62,9 +62,12 @@ def test_a_generation_shows_its_candidates_and_the_best_up_to_then():
 def test_perplexity_by_length_draws_each_scheme_and_its_best_layers():
     nll = {"none, uniform": (1, 3), "PI, uniform": (1, 2), "PI, multiply, GA": (1, 1.5), "PI, divide, GA": (1, 1.8)}
     rows = [(way, 128 * 2**i, value) for way, values in nll.items() for i, value in enumerate(values)]
-    [axes] = plots.perplexity_by_length(pd.DataFrame(rows, columns=["way", "length", "nll"])).axes
+    table = pd.DataFrame(rows, columns=["way", "length", "nll"])
+    without = table[~table["way"].str.startswith("none")]
+    axes, other = plots.perplexity_by_length({"all": table, "fewer": without}).axes
     lines = {line.get_label(): line for line in axes.lines}
     assert [*lines] == ["none, uniform", "PI, uniform", "PI, multiply, GA"]
     np.testing.assert_allclose(lines["PI, multiply, GA"].get_ydata(), np.exp([1, 1.5]))
     assert lines["PI, uniform"].get_color() == lines["PI, multiply, GA"].get_color()
+    assert other.lines[0].get_color() == lines["PI, uniform"].get_color(), "a scheme has one colour in all panels"
     assert lines["PI, uniform"].get_linestyle() != lines["PI, multiply, GA"].get_linestyle()
