@@ -20,6 +20,7 @@ def window_nll(
     *,
     stride: int = 256,
     n_windows: int | None = None,
+    first_end: int | None = None,
     scaling: LayerScaling | None = None,
     extrapolate: bool = False,
 ) -> NDArray[np.float64]:
@@ -34,6 +35,9 @@ def window_nll(
         Tokens in a window, the stretch included.
     n_windows : int, optional
         Stretches, spread evenly over the text; by default all, one after the other.
+    first_end : int, optional
+        Tokens of the text up to the end of the first stretch, by default the longest length: with the same one, calls
+        for different lengths measure the same stretches.
     extrapolate : bool
         Allow windows longer than the model's. Otherwise they are refused.
 
@@ -45,7 +49,7 @@ def window_nll(
     Raises
     ------
     ValueError
-        A window beyond the model's, shorter than the stride, or longer than the text.
+        A window beyond the model's, shorter than the stride, or longer than the text or than `first_end`.
     """
     scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
     ids = torch.tensor(lm.tokenizer(text)["input_ids"])
@@ -58,7 +62,12 @@ def window_nll(
                 f"length {length:,} is beyond what {lm.name} reads, {int(limit):,} (window {lm.window:,} x "
                 f"{scaling.reach:g}); use extrapolate=True to go beyond the window"
             )
-    ends = np.arange(max(lengths), len(ids) + 1, stride)
+    first_end = first_end or max(lengths)
+    if not max(lengths) <= first_end <= len(ids):
+        raise ValueError(
+            f"first_end {first_end:,} is not between {max(lengths):,} (a length) and the text's {len(ids):,}"
+        )
+    ends = np.arange(first_end, len(ids) + 1, stride)
     if n_windows is not None:
         if not 1 <= n_windows <= len(ends):
             raise ValueError(f"n_windows is {n_windows}; the text has 1 to {len(ends)}")

@@ -28,6 +28,13 @@ def test_fewer_windows_are_spread_over_the_text(tiny):
     np.testing.assert_allclose(some, every[:, [0, 14, 28]], atol=1e-5)
 
 
+def test_calls_for_different_lengths_can_measure_the_same_stretches(tiny):
+    together = window_nll(tiny, TEXT, [40, 100], stride=16, n_windows=3)
+    options = {"stride": 16, "n_windows": 3, "first_end": 100}
+    apart = [window_nll(tiny, TEXT, [length], **options) for length in (40, 100)]
+    np.testing.assert_array_equal(np.concatenate(apart), together)
+
+
 def test_a_scaling_changes_it_and_comes_off_again(tiny):
     before = window_nll(tiny, TEXT, [64], n_windows=2, stride=16)
     scaled = window_nll(tiny, TEXT, [64], n_windows=2, stride=16, scaling=LayerScaling((1.0, 1.5)))
@@ -49,6 +56,8 @@ def test_bad_lengths_are_refused(tiny):
         window_nll(tiny, TEXT, [501], stride=16)
     with pytest.raises(ValueError, match="n_windows is 30; the text has 1 to 29"):
         window_nll(tiny, TEXT, [40], stride=16, n_windows=30)
+    with pytest.raises(ValueError, match=r"first_end 39 is not between 40 \(a length\) and the text's 500"):
+        window_nll(tiny, TEXT, [40], stride=16, first_end=39)
     long = TEXT * 5
     with pytest.raises(ValueError, match=r"length 2,100 is beyond what tiny-llama reads, 2,048 .* extrapolate=True"):
         window_nll(tiny, long, [2100], stride=16)
