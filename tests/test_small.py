@@ -39,7 +39,7 @@ def test_it_reads_answers_and_prose_within_its_window(lm):
 
 
 def test_texts_that_measure_were_not_trained_on():
-    trained = tasks.long_texts("shakespeare", small.N_TRAINING_TEXTS)
+    trained = small.training_texts()
     assert len(small.measuring_texts()) == 10
     assert not {text[:200] for text in trained} & {text[:200] for text in small.measuring_texts()}
 
