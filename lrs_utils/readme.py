@@ -70,11 +70,10 @@ def _extrapolation(model: str) -> list[dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for r in _rows("extrapolation"):
         if r["model"] == model:
-            uniform = r["way"].endswith(", uniform")
-            change = "" if uniform else f", {r['change']:+.0f} % [{r['low']:+.0f}, {r['high']:+.0f}]"
-            star = " *" if not uniform and r["p"] < 0.05 else ""
+            interval = "" if pd.isna(r["p"]) else f" [{r['low']:+.0f}, {r['high']:+.0f}]{' *' * (r['p'] < 0.05)}"
+            change = f", {r['change']:+.0f} %{interval}" if r["change"] else ""  # nothing is compared with itself
             row = table.setdefault(r["way"], {"scheme, layer factors": r["way"]})
-            row[f"{r['length']:,} tokens"] = f"{r['perplexity']:.1f}{change}{star}"
+            row[f"{r['length']:,} tokens"] = f"{r['perplexity']:.1f}{change}"
     return [*table.values()]
 
 
