@@ -279,13 +279,12 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
 
 
 def perplexity_by_length(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Perplexity against length: each scheme with one stretch for all layers, and its layer-specific way best on this.
+    """Perplexity against length: each scheme with one stretch for all layers, and dashed with layer factors.
 
     Parameters
     ----------
     tables : mapping of title to DataFrame
-        A panel each. With "way" ("scheme, uniform" or "scheme, ...", one of the latter is drawn, dashed), "length" in
-        tokens, "nll".
+        A panel each. With "way" ("scheme, uniform" or "scheme, ..."), "length" in tokens, "nll".
     """
     figure, panels = plt.subplots(1, len(tables), figsize=(5.5 * len(tables), 4), squeeze=False)
     schemes = dict.fromkeys(way.partition(", ")[0] for rows in tables.values() for way in rows["way"])
@@ -293,10 +292,8 @@ def perplexity_by_length(tables: Mapping[str, pd.DataFrame]) -> Figure:
         nll = rows.groupby(["way", "length"], sort=False)["nll"].mean().unstack()
         scheme_of, uniform = nll.index.str.partition(", ").get_level_values(0), nll.index.str.endswith(", uniform")
         for scheme, colour in zip(schemes, _COLOURS, strict=False):
-            own, searched = nll[(scheme_of == scheme) & uniform], nll[(scheme_of == scheme) & ~uniform]
-            best = searched.loc[searched.mean(axis=1).nsmallest(1).index]
-            for drawn, style in ((own, "-o"), (best, "--s")):
-                for way, line in drawn.iterrows():
+            for drawn, style in ((uniform, "-o"), (~uniform, "--s")):
+                for way, line in nll[(scheme_of == scheme) & drawn].iterrows():
                     ax.plot(line.index, np.exp(line), style, color=colour, markersize=3.5, label=way)
         ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=title)
         ax.set_xticks(nll.columns, [f"{length:,}" for length in nll.columns])

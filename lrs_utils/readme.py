@@ -70,8 +70,8 @@ def _extrapolation(model: str) -> list[dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for r in _rows("extrapolation"):
         if r["model"] == model:
-            interval = "" if pd.isna(r["p"]) else f" [{r['low']:+.0f}, {r['high']:+.0f}]{' *' * (r['p'] < 0.05)}"
-            change = f", {r['change']:+.0f} %{interval}" if r["change"] else ""  # nothing is compared with itself
+            interval = "" if pd.isna(r["p"]) else f" [{r['low']:+.1f}, {r['high']:+.1f}]{' *' * (r['p'] < 0.05)}"
+            change = f", {r['change']:+.1f} %{interval}" if pd.notna(r["change"]) and r["change"] else ""
             row = table.setdefault(r["way"], {"scheme, layer factors": r["way"]})
             row[f"{r['length']:,} tokens"] = f"{r['perplexity']:.1f}{change}"
     return [*table.values()]
