@@ -148,7 +148,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def _checked_source(name: str) -> str | Path:
     if name == SMALL:
         if not (SMALL_FOLDER / "config.json").exists():
-            raise ValueError(f"{SMALL} is not in {SMALL_FOLDER}; make it: python -m lrs_utils.small (half an hour)")
+            raise ValueError(f"{SMALL} is not in {SMALL_FOLDER}; make it: python -m lrs_utils.small (75 minutes)")
         return SMALL_FOLDER
     if (name and Path(name).is_dir()) or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
         return name
