@@ -86,6 +86,14 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
     return Packed(tensor(ids), tensor(positions), tensor(branch), tensor(judged), tensor(targets), np.array(owner))
 
 
+def text_row(ids: Tensor, n_judged: int) -> Packed:
+    """A text's tokens alone, of which the last `n_judged` are to be predicted."""
+    n = len(ids) - 1
+    positions, targets = torch.arange(n), ids[-n_judged:]
+    owner = np.zeros(n_judged, np.int64)
+    return Packed(ids[:-1], positions, torch.zeros_like(positions), positions[-n_judged:], targets, owner)
+
+
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts open with, leaving each at least one of its own."""
     same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lrs_utils.models import LM
+from lrs_utils.models import LM, attending_by
+from lrs_utils.packed import Layout, laid_out, text_row
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling
 
@@ -73,11 +74,16 @@ def window_nll(
             raise ValueError(f"n_windows is {n_windows}; the text has 1 to {len(ends)}")
         ends = ends[np.linspace(0, len(ends) - 1, n_windows).round().astype(int)]
     nll = np.zeros((len(lengths), len(ends)))
-    with scaling.applied_to(lm.model), Progress(nll.size, "perplexity").entered() as bar:
+    with (
+        attending_by(lm, "lrs_packed"),  # in bfloat16 on a CPU twice as fast as torch's kernel
+        scaling.applied_to(lm.model),
+        Progress(nll.size, "perplexity").entered() as bar,
+    ):
         for row, length in enumerate(lengths):
             for column, end in enumerate(ends):
-                window = ids[end - length : end].to(lm.model.device)
-                logits = lm.model(window[None, :-1], use_cache=False, logits_to_keep=stride).logits[0].float()
-                nll[row, column] = F.cross_entropy(logits, window[-stride:]).item()
+                layout = Layout([text_row(ids[end - length : end], stride)], lm.model.device)
+                with laid_out(layout):
+                    logits = lm.model(layout.ids[None], use_cache=False, logits_to_keep=stride).logits[0].float()
+                nll[row, column] = F.cross_entropy(logits, layout.targets).item()
                 bar.advance(1)
     return nll
