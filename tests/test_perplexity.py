@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lrs_utils import LayerScaling, tasks
+from lrs_utils import LayerScaling, load_lm, tasks
 from lrs_utils.perplexity import window_nll
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(500))
@@ -20,6 +20,15 @@ def test_each_stretch_is_predicted_from_its_window_alone(tiny):
                 likelihood = tiny.model(window[None]).logits[0].log_softmax(-1)
             expected = [-likelihood[t - 1, window[t]].item() for t in range(length - 16, length)]
             assert nll[row, column] == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_bfloat16_on_a_cpu_is_read_in_blocks_alike():
+    lm, text = load_lm("tiny-llama", dtype="bfloat16", device="cpu"), TEXT * 4
+    [[found]] = window_nll(lm, text, [1500], stride=64, n_windows=1)
+    window = torch.tensor(lm.tokenizer(text)["input_ids"])[None, :1500]
+    with torch.no_grad():
+        logits = lm.model(window[:, :-1]).logits[0, -64:].float()
+    assert found == pytest.approx(torch.nn.functional.cross_entropy(logits, window[0, -64:]).item(), abs=0.03)
 
 
 def test_fewer_windows_are_spread_over_the_text(tiny):
