@@ -65,7 +65,7 @@ def test_automatic_choices_are_stated(monkeypatch):
 
 @pytest.mark.parametrize("name", ["smollm3", "tiny-gpt", "./nowhere", "a/b/c", ""])
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"is unknown: .* smollm2-135m, tiny-llama"):
+    with pytest.raises(ValueError, match=r"is unknown: .* smollm2-135m, small-rope, tiny-llama"):
         load_lm(name)
 
 
