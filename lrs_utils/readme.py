@@ -69,7 +69,7 @@ def _held_out() -> list[dict[str, str]]:
 def _extrapolation(model: str) -> list[dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for r in _rows("extrapolation"):
-        if r["model"] == model:
+        if (r["model"], r["against"]) == (model, "the scheme alone"):
             interval = "" if pd.isna(r["p"]) else f" [{r['low']:+.1f}, {r['high']:+.1f}]{' *' * (r['p'] < 0.05)}"
             change = f", {r['change']:+.1f} %{interval}" if pd.notna(r["change"]) and r["change"] else ""
             row = table.setdefault(r["way"], {"scheme, layer factors": r["way"]})
