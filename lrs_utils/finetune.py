@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -120,9 +121,10 @@ def train(
     sampler : Sampler
         Which tokens of a document are read, and the positions they are given (`cream`).
     folder : path
-        For checkpoints and the losses so far. A run that was killed goes on from the last one; a finished one is read.
+        Holds trainings, each in a folder named after what it is: its checkpoint and the losses so far. One that was
+        killed goes on from the last checkpoint; a finished one is read.
     about : mapping of JSON values
-        What documents and sampler are: a folder of a training that differs in it is refused.
+        What documents and sampler are, so that trainings which differ in them are told apart.
     scaling : LayerScaling, optional
         On the model while it trains: it stretches frequencies for the target length.
     save_every : int
@@ -131,19 +133,15 @@ def train(
     Raises
     ------
     ValueError
-        A folder that holds another training; a model that takes no `position_ids`.
+        A model that takes no `position_ids`.
     """
     if "position_ids" not in inspect.signature(lm.model.forward).parameters:
         raise ValueError(f"{type(lm.model).__name__} takes no position_ids, so positions can't be manipulated")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     scaled_as = None if scaling is None else scaling.key
     described = {"training": vars(training), "model": lm.fingerprint, "scaling": scaled_as, "about": dict(about)}
-    known = folder / "training.json"
-    if not known.exists():
-        write_whole(known, json.dumps(described, indent=1))
-    elif known.read_text() != json.dumps(described, indent=1):
-        raise ValueError(f"{folder} holds another training (see {known}); give another folder")
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    folder = Path(folder) / f"training-{digest}"
+    write_whole(folder / "training.json", json.dumps(described, indent=1))
     own = [lm.model.device] if lm.model.device.type == "cuda" else []  # whose random numbers are left as they were
     with torch.random.fork_rng(devices=own):
         torch.manual_seed(training.seed)  # LoRA's first weights
@@ -193,7 +191,9 @@ def _trainable(model: PreTrainedModel, training: Training) -> Any:
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = LoraConfig(r=training.lora, lora_alpha=2 * training.lora, target_modules=names, task_type="CAUSAL_LM")
-    return get_peft_model(model, config).train()
+    with warnings.catch_warnings():  # peft asks for is_gradient_checkpointing, a name that transformers will drop
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config).train()
 
 
 def _rate(step: int, training: Training) -> float:

@@ -4,9 +4,11 @@ Contexts are the unit of chance: questions about one context share its reading, 
 contexts. Only correlations over layers or heads resample those.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
@@ -185,6 +187,39 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     order = np.argsort(p)
     corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.asarray(np.minimum(corrected, 1.0)[np.argsort(order)])
+
+
+def paired_changes(values: pd.DataFrame, baseline: Callable[[Any], Any]) -> pd.DataFrame:
+    """Each column's mean, and its paired change against another column.
+
+    Parameters
+    ----------
+    values : DataFrame
+        A row for each unit of chance (context, text), a column for each way. Of a pair of columns the rows that both
+        have are compared; means are over the rows that all have.
+    baseline : function of a column's name
+        Which column it is compared with; one that is compared with itself has no change.
+
+    Returns
+    -------
+    DataFrame
+        A row for each column, in their order, named as in `values`: "mean", "change", its bootstrap interval "low" to
+        "high", and "p" of the paired permutation test, corrected over all (Holm). One unit alone has no interval.
+    """
+    table = pd.DataFrame(np.nan, index=values.columns, columns=["mean", "change", "low", "high", "p"])
+    table["mean"] = values.dropna().mean()
+    for way in values.columns:
+        if baseline(way) == way:
+            continue
+        after, before = values[[way, baseline(way)]].dropna().to_numpy(float).T
+        table.loc[way, "change"] = (after - before).mean()
+        if len(after) > 1:
+            interval = map(float, bootstrap_mean(after - before))
+            table.loc[way, ["change", "low", "high"]] = [*interval]
+            table.loc[way, "p"] = paired_test(after, before)
+    tested = table["p"].notna()
+    table.loc[tested, "p"] = holm(table.loc[tested, "p"])
+    return table
 
 
 def chance_of_catching_up(difference: ArrayLike, n_contexts: int) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -99,7 +99,7 @@ class Run:
         ships alone but for a sample.
         """
         if self.fresh:
-            return Ledger(cache_folder() / f"ledger-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.sqlite")
+            return Ledger(cache_folder() / f"ledger-{_now()}.sqlite")
         seed = os.environ.get(VERIFY)
         own = f"{self.notebook}{_SHIPPED}"
         ledger = Ledger(self.path(f"{AGAIN}/{self.notebook}.sqlite") if seed else cache_folder() / "ledger.sqlite")
@@ -111,13 +111,25 @@ class Run:
                 ledger.forget(model, scaling, question)
         return ledger
 
+    @cached_property
+    def trainings(self) -> Path:
+        """Where training goes on and what is trained is found (`finetune.train`); with `fresh` a new, empty folder."""
+        return cache_folder() / (f"trainings-{_now()}" if self.fresh else "trainings")
+
     def ship(self, candidates: list[tuple[str, str]], questions: list[str]) -> Path:
         """Export the outcomes behind this run's results, so that a fresh clone draws them without the model."""
         path = self.path(f"data/results/{self.notebook}{_SHIPPED}")
         self.ledger.export(path, candidates, questions, self.provenance)
         return path
 
-    def table(self, name: str, pieces: Mapping[str, Callable[[], pd.DataFrame]], **settings: Any) -> pd.DataFrame:
+    def table(
+        self,
+        name: str,
+        pieces: Mapping[str, Callable[[], pd.DataFrame]],
+        *,
+        again: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> pd.DataFrame:
         """Measure what the ledger doesn't hold, or find it where it was measured with the same settings.
 
         Found in the committed data/results/<name>.csv, whose first line says of what it is, else in the cache, where
@@ -127,6 +139,8 @@ class Run:
         ----------
         pieces : mapping of str to function
             Rows of the table by name of a piece; measured one after the other.
+        again : sequence of str, optional
+            Pieces that `--verify` may measure again, where others take too long; by default all.
         settings
             All that the numbers of every piece depend on beside its name (model fingerprint, sizes, seed): plain JSON
             values.
@@ -138,8 +152,9 @@ class Run:
             if text.startswith(f"# {about} | "):
                 if committed != path:
                     shutil.copyfile(committed, path)
-                if seed := os.environ.get(VERIFY):
-                    nth, piece = random.Random(f"{seed} {name}").choice([*enumerate(pieces)])
+                chosen = [(nth, piece) for nth, piece in enumerate(pieces) if again is None or piece in again]
+                if chosen and (seed := os.environ.get(VERIFY)):
+                    nth, piece = random.Random(f"{seed} {name}").choice(chosen)
                     again = pieces[piece]().to_csv(index=False, float_format="%.6g")
                     write_whole(self.path(f"{AGAIN}/{name}.csv"), f"# {nth} of {len(pieces)}: {piece}\n{again}")
                 return pd.read_csv(path, skiprows=1)
@@ -218,6 +233,10 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
             overridden[name] = value
         namespace[name] = settings[name] = settings.get(name) if value is None else value
     return Run(notebook, profile, settings, overridden, bool(namespace.get("fresh", False)))
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
 
 def versions() -> str:

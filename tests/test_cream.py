@@ -92,6 +92,20 @@ def test_the_middle_s_own_tokens_are_read_where_the_document_is_long_enough():
     assert (short == np.arange(window)).all()
 
 
+def test_the_released_code_may_read_the_tail_s_tokens_twice():
+    window, factor = 120, 4
+    _, tokens = drawn(cream(window, factor, mode="reference"), length=window * factor - 60)
+    twice = [len(np.unique(row)) < window for row in tokens]
+    assert 0 < np.mean(twice) < 0.5, "where the middle ends within the tail's tokens"
+    _, tokens = drawn(cream(window, factor), length=window * factor - 60)
+    assert all(len(np.unique(row)) == window for row in tokens)
+
+
+def test_rivals_read_a_long_document_s_begin():
+    for name in ("pose", "rand_pos", "plain"):
+        assert (drawn(SAMPLERS[name](60, 4), length=1_000)[1] == np.arange(60)).all()
+
+
 def test_pose_and_rand_pos():
     positions, _ = drawn(pose(100, 5))
     gaps = np.diff(positions) - 1

@@ -109,20 +109,35 @@ def test_positions_reach_the_rotary_embedding(tiny, documents, tmp_path):
     assert seen[0].max() == 48 * 4 - 1
 
 
-def test_a_scaled_model_is_trained_as_scaled(tiny, documents, tmp_path):
-    scaling = LayerScaling.uniform(4.0, 2)
-    _, bare = train(tiny, documents, plain(48), SHORT, tmp_path / "bare", about=ABOUT)
-    _, scaled = train(tiny, documents, plain(48), SHORT, tmp_path / "scaled", about=ABOUT, scaling=scaling)
-    assert abs(bare[0] - scaled[0]) > 1e-3
+@pytest.mark.parametrize("scheme", ["pi", "ntk", "yarn"])
+def test_a_scaled_model_is_trained_as_scaled(scheme, tiny, documents, tmp_path):
+    scaling = LayerScaling((1.0, 1.0), scheme, extension=4.0)
+    _, losses = train(
+        tiny, documents, cream(48, 4, k=4), replace(SHORT, steps=1), tmp_path, about=ABOUT, scaling=scaling
+    )
+    of_documents, of_positions = np.random.default_rng([0, 0]).spawn(2)
+    drawn = documents(4, of_documents)
+    positions, tokens = cream(48, 4, k=4)([96] * 4, of_positions)
+    ids = torch.tensor(np.array([document[t] for document, t in zip(drawn, tokens, strict=True)]))
+    found = {}
+    for name, applied in {"scaled": scaling, "bare": LayerScaling.identity(2)}.items():
+        with torch.no_grad(), applied.applied_to(tiny.model):
+            at = {"position_ids": torch.from_numpy(positions), "attention_mask": torch.ones_like(ids)}
+            found[name] = tiny.model(ids, labels=ids, **at).loss.item()
+    assert losses[0] == pytest.approx(found["scaled"], rel=1e-5)
+    assert abs(found["bare"] - found["scaled"]) > 1e-4
 
 
-def test_another_training_in_the_folder_and_a_model_without_positions_are_refused(tiny, documents, tmp_path):
-    train(tiny, documents, plain(48), SHORT, tmp_path / "run", about=ABOUT)
-    with pytest.raises(ValueError, match="holds another training"):
-        train(tiny, documents, plain(48), replace(SHORT, rate=1e-3), tmp_path / "run", about=ABOUT)
-    with pytest.raises(ValueError, match="holds another training"):
-        train(tiny, documents, plain(48), SHORT, tmp_path / "run", about={"documents": "others"})
+def test_trainings_that_differ_lie_beside_each_other(tiny, documents, tmp_path):
+    changes = [{}, {"training": replace(SHORT, rate=1e-3)}, {"about": {"documents": "others"}}]
+    changes.append({"scaling": LayerScaling.uniform(2.0, 2)})
+    for n, change in enumerate(changes * 2):
+        options = {"training": SHORT, "about": ABOUT} | change
+        train(tiny, documents, plain(48), options.pop("training"), tmp_path / "all", **options)
+        assert len(list((tmp_path / "all").glob("training-*/checkpoint.pt"))) == min(n + 1, len(changes))
 
+
+def test_a_model_without_positions_and_numbers_below_one_are_refused(tiny, documents, tmp_path):
     class Blind(torch.nn.Module):
         def forward(self, input_ids):
             return input_ids
@@ -157,12 +172,11 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path, lora):
 
     victim = start("killed")
     victim.stdout.readline()
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    while not checkpoint.exists() and victim.poll() is None:
+    while not (found := list((tmp_path / "killed").glob("*/checkpoint.pt"))) and victim.poll() is None:
         time.sleep(0.001)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    assert 10 <= len(torch.load(checkpoint)["losses"]) < 120
+    assert 10 <= len(torch.load(found[0])["losses"]) < 120
     endings = [start(name).communicate(timeout=300)[0].splitlines()[-1] for name in ("undisturbed", "killed")]
     assert endings[0] == endings[1]
 
@@ -207,7 +221,8 @@ def test_bfloat16_weights_are_trained_in_float32(documents, tmp_path):
     )
     np.testing.assert_allclose(losses, expected, rtol=0.01)
     assert trained.model.dtype == torch.bfloat16
-    states = [torch.load(tmp_path / name / "checkpoint.pt")["weights"] for name in ("bf16", "f32")]
+    checkpoints = [path for name in ("bf16", "f32") for path in (tmp_path / name).glob("*/checkpoint.pt")]
+    states = [torch.load(path)["weights"] for path in checkpoints]
     moves = [
         torch.cat([(w - b.float()).flatten() for w, b in zip(state, lm.model.parameters(), strict=True)])
         for state in states

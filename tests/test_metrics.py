@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -8,6 +9,7 @@ from lrs_utils.metrics import (
     chance_of_catching_up,
     first_middle_last,
     holm,
+    paired_changes,
     paired_test,
     rank_correlation,
     shift_test,
@@ -147,3 +149,27 @@ def test_holm_keeps_one_false_alarm_among_many_tests_rare():
     assert holm([0.6, 0.9]).tolist() == [1, 1]
     p = np.random.default_rng(0).random((2000, 8))  # eight tests of nothing
     assert np.mean([(holm(row) <= 0.05).any() for row in p]) == pytest.approx(0.05, abs=0.015)
+
+
+def test_changes_are_paired_and_corrected_over_all_columns():
+    rng = np.random.default_rng(5)
+    unit = rng.normal(0, 10, 30)  # far more than what the ways differ by
+    values = pd.DataFrame(
+        {"base": unit, "better": unit + 1 + rng.normal(0, 1, 30), "same": unit + rng.normal(0, 1, 30)}
+    )
+    table = paired_changes(values, lambda way: "base")
+    assert list(table.index) == ["base", "better", "same"]
+    assert table.loc["base", ["change", "low", "high", "p"]].isna().all()
+    assert table.loc["better", "low"] > 0.3
+    assert table.loc["same", "low"] < 0 < table.loc["same", "high"]
+    np.testing.assert_allclose(table["mean"], values.mean())
+    alone = [paired_test(values[way], values["base"]) for way in ("better", "same")]
+    np.testing.assert_allclose(table["p"].dropna(), holm(alone))
+
+
+def test_changes_need_units_that_both_columns_have():
+    values = pd.DataFrame({"base": [1.0, 2.0, 3.0], "few": [np.nan, np.nan, 5.0], "some": [2.0, 3.0, np.nan]})
+    table = paired_changes(values, lambda way: "base")
+    assert table.loc["few", "change"] == 2
+    assert table.loc["few", ["low", "high", "p"]].isna().all(), "one unit has no interval"
+    assert table.loc["some", ["change", "low", "high"]].tolist() == [1, 1, 1]

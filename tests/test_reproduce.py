@@ -144,13 +144,16 @@ def test_a_setting_that_no_profile_knows_is_named():
         begin("x", namespace())["temperature"]
 
 
-def test_fresh_runs_start_with_an_empty_ledger(tmp_path, monkeypatch):
+def test_fresh_runs_start_with_an_empty_ledger_and_no_trainings(tmp_path, monkeypatch):
     monkeypatch.setenv("LRS_CACHE", str(tmp_path))
     shared = begin("x", namespace()).ledger
     assert shared.path == tmp_path / "ledger.sqlite"
     fresh = begin("x", namespace(fresh=True)).ledger
     assert fresh.path != shared.path
     assert len(fresh) == 0
+    assert begin("x", namespace()).trainings == tmp_path / "trainings"
+    assert begin("x", namespace(fresh=True)).trainings.parent == tmp_path
+    assert not begin("x", namespace(fresh=True)).trainings.exists()
 
 
 def test_shipped_outcomes_are_found_like_measured_ones(tmp_path, monkeypatch):

@@ -57,6 +57,17 @@ def test_a_sample_is_measured_again_and_agrees(repository, tmp_path):
     }
 
 
+@pytest.mark.parametrize("again", [["a"], []])
+def test_pieces_that_take_too_long_are_not_measured_again(again, repository, tmp_path):
+    def too_long():
+        raise AssertionError
+
+    pieces = {"a": lambda: pd.DataFrame({"piece": ["a", "a"], "value": [1.0, 2.0]}), "b": too_long}
+    Run("01_a", "cpu", {}, {}, False).table("decay", pieces, again=again, seed=0)
+    [result] = compared(tmp_path / "run", repository, 3)
+    assert (result.off, result.note) == ((0, "2 of 4 rows") if again else (0, ""))
+
+
 def test_what_does_not_come_again_is_told(repository, tmp_path):
     _, found = verified(tmp_path, repository, nll_off=0.8, table_off=3.0)
     assert not found["01_a.outcomes.csv.gz"].agrees
