@@ -125,6 +125,27 @@ def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length:
     return draw
 
 
+def suites(task: str, length: int, n_contexts: int, seed: int, n_asked: int | None = None) -> list[tasks.Suite]:
+    """Retrieval that fills `length` tokens of the small model, questions and answers included.
+
+    Parameters
+    ----------
+    task : "pairs", "lines" or "pass key"
+        The last at five depths, a suite each.
+    n_asked : int, optional
+        Of a context's pairs or lines so many are asked for, evenly spread; by default all.
+    """
+    if task == "pass key":
+        return tasks.passkey(max(1, (length - 80) // 25), n_contexts, seed)
+    if task not in ("pairs", "lines"):
+        raise ValueError(f"task is {task!r}; choose pairs, lines or pass key")
+    n = (length - 45) // 14 if task == "pairs" else (length - 145) // 21
+    positions = None if n_asked is None else np.unique(np.linspace(0, n - 1, n_asked).round().astype(int)).tolist()
+    if task == "pairs":
+        return [tasks.kv_retrieval(n, n_contexts, seed, keys="short", positions=positions)]
+    return [tasks.lines_retrieval(n, n_contexts, seed, positions=positions)]
+
+
 def make(folder: Path = SMALL_FOLDER) -> LM:
     """Make tokenizer and model and write them with their losses; a killed run goes on where it was."""
     work = cache_folder() / "small-rope"

@@ -69,3 +69,23 @@ def test_keys_are_asked_again_with_their_own_values(tokenizer):
         text = tokenizer.decode(np.where(document < 0, ~document, document))
         pairs = re.findall(r'"(\w+)": "(\d{5})"', text)
         assert len(pairs) > len(dict(pairs)) == len(set(pairs)), "each key has one value, and some stand twice"
+
+
+@pytest.mark.parametrize("length", [256, 1024, 2048])
+@pytest.mark.parametrize("task", ["pairs", "lines", "pass key"])
+def test_suites_fill_a_length_and_no_more(task, length, tokenizer):
+    found = small.suites(task, length, 2, seed=1, n_asked=5)
+    texts = [
+        probe.context + q.prompt + q.answer_prefix + q.answer
+        for suite in found
+        for probe in suite.probes
+        for q in probe.questions
+    ]
+    assert len(texts) == 10
+    assert 0.8 * length < max(map(len, tokenizer(texts)["input_ids"])) <= length
+    assert [d for suite in found for d in suite.depths] == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.1)
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match="task is 'keys'; choose pairs, lines or pass key"):
+        small.suites("keys", 256, 1, 0)
