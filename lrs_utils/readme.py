@@ -1,4 +1,5 @@
-"""The README's tables, written from data/results so that no number is copied by hand: `python -m lrs_utils.readme`.
+"""The READMEs' tables, written from data/results and the notebooks so that nothing is copied by hand:
+`python -m lrs_utils.readme`.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what it shows is a function here.
 """
@@ -9,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 
 _ROOT = Path(__file__).resolve().parent.parent
+_TABLE = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+READMES = (_ROOT / "README.md", _ROOT / "notebooks" / "README.md")
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -77,10 +81,26 @@ def _extrapolation(model: str) -> list[dict[str, str]]:
     return [*table.values()]
 
 
+def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
+    """Name and question of every notebook, and the first of its figures that the README shows, else that it has."""
+    rows, shown = [], _TABLE.sub("", READMES[0].read_text(encoding="utf-8"))
+    for path in sorted((_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        first = nbformat.read(path, as_version=4).cells[0].source  # type: ignore[no-untyped-call]
+        question = re.search(r"^\*\*(.+?)\*\*$", first, re.MULTILINE | re.DOTALL)
+        if question is None:
+            raise ValueError(f"{path.name} asks no question: write it **in bold** below the title")
+        row = {"notebook": f"[{path.stem}]({folder}{path.name})", "question": " ".join(question[1].split())}
+        figures = re.findall(rf"figures/{path.stem[:2]}_\w+\.\w+", shown)
+        figures += [f"figures/{file.name}" for file in sorted((_ROOT / "figures").glob(f"{path.stem[:2]}_*"))]
+        rows.append(row | ({"": f'<img src="{figures[0]}" width="180" alt="">'} if thumbnails else {}))
+    return rows
+
+
 TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
     "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
+    "map": partial(_notebooks, "notebooks/", True), "notebooks": partial(_notebooks, "", False),
 }  # fmt: skip
 
 
@@ -95,15 +115,15 @@ def filled(text: str) -> str:
 
     def written(match: re.Match[str]) -> str:
         if match[1] not in TABLES:
-            raise ValueError(f"README.md asks for the table {match[1]!r}; there are {', '.join(TABLES)}")
+            raise ValueError(f"a README asks for the table {match[1]!r}; there are {', '.join(TABLES)}")
         rows = TABLES[match[1]]()
         cells = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
         lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
         return f"<!-- table {match[1]} -->\n{lines}\n<!-- end -->"
 
-    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
+    return _TABLE.sub(written, text)
 
 
 if __name__ == "__main__":
-    readme = _ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for readme in READMES:
+        readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

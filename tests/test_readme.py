@@ -8,10 +8,19 @@ from lrs_utils import readme
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_shows_what_the_results_say():
-    text = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"<!-- table (\w+) -->", text)) == set(readme.TABLES)
-    assert readme.filled(text) == text, "run `python -m lrs_utils.readme`"
+def test_the_readmes_show_what_results_and_notebooks_say():
+    texts = [path.read_text() for path in readme.READMES]
+    assert set(re.findall(r"<!-- table (\w+) -->", "".join(texts))) == set(readme.TABLES)
+    assert [readme.filled(text) for text in texts] == texts, "run `python -m lrs_utils.readme`"
+
+
+def test_the_map_links_every_notebook_and_a_figure_that_is_there():
+    rows = readme.TABLES["map"]()
+    linked = [re.search(r"\((notebooks/\w+\.ipynb)\)", row["notebook"])[1] for row in rows]
+    assert [ROOT / path for path in linked] == sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    for row in rows:
+        assert (ROOT / re.search(r'src="([^"]+)"', row[""])[1]).exists()
+        assert row["question"].endswith("?")
 
 
 def test_a_table_is_written_anew_and_an_unknown_one_named(monkeypatch):
