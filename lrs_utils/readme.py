@@ -82,7 +82,7 @@ def _extrapolation(model: str) -> list[dict[str, str]]:
 
 
 def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
-    """Name and question of every notebook, and the first of its figures that the README shows, else that it has."""
+    """Name and question of every notebook, and of its figures its namesake, else the first that the README shows."""
     rows, shown = [], _TABLE.sub("", READMES[0].read_text(encoding="utf-8"))
     for path in sorted((_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source  # type: ignore[no-untyped-call]
@@ -92,6 +92,7 @@ def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
         row = {"notebook": f"[{path.stem}]({folder}{path.name})", "question": " ".join(question[1].split())}
         figures = re.findall(rf"figures/{path.stem[:2]}_\w+\.\w+", shown)
         figures += [f"figures/{file.name}" for file in sorted((_ROOT / "figures").glob(f"{path.stem[:2]}_*"))]
+        figures.sort(key=lambda figure: Path(figure).stem != path.stem)
         rows.append(row | ({"": f'<img src="{figures[0]}" width="180" alt="">'} if thumbnails else {}))
     return rows
 
