@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,34 @@ def _extrapolation(model: str) -> list[dict[str, str]]:
     return [*table.values()]
 
 
+def _cream() -> list[dict[str, str]]:
+    """What the small model reads after each tuning, with YaRN for its longest target."""
+    table: dict[str, dict[str, str]] = {}
+    rows = [r for r in _rows("cream") if r["scheme"] == "YaRN"]
+    far = max(r["factor"] for r in rows)
+    for r in rows:
+        if r["factor"] == far and "," not in r["sampler"] and r["length"] > 256 and "middle" not in r["measure"]:
+            spread = f" ({r['least']:.3g} to {r['most']:.3g})" if r["least"] < r["most"] else ""
+            row = table.setdefault(r["sampler"], {"positions": r["sampler"]})
+            row[f"{r['measure']}, {r['length']:,}"] = f"{r['mean']:.1f}{spread}"
+    wanted = ["pairs, 512", "pairs, 1,024", "lines, 512", "pass key, 1,024", "pass key, 2,048", "perplexity, 2,048"]
+    return [{"positions": name} | {w: row[w] for w in wanted} for name, row in table.items()]
+
+
+def _cream_large() -> list[dict[str, str]]:
+    table: dict[str, dict[str, str]] = {}
+    rows = pd.DataFrame(_rows("cream_large"))
+    for way, of in rows.groupby("way", sort=False):
+        row = table[str(way)] = {"positions, scheme": str(way)}
+        for length, nll in of[of["task"] == "text"].groupby("length")["nll"]:
+            row[f"perplexity, {length:,} tokens"] = f"{np.exp(nll.mean()):.1f}"
+        for _, key in of[of["task"] == "pass key"].sort_values("depth").iterrows():
+            row[f"pass key at depth {key['depth']:g}"] = "found" if key["right"] else f"no ({key['nll']:.1f} nats)"
+        pairs = of[of["task"] == "pairs"]
+        row["20 pairs"] = f"{pairs['right'].mean():.0f} % ({pairs['nll'].mean():.3f} nats)"
+    return [*table.values()]
+
+
 def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
     """Name and question of every notebook, and of its figures its namesake, else the first that the README shows."""
     rows, shown = [], _TABLE.sub("", READMES[0].read_text(encoding="utf-8"))
@@ -101,6 +130,7 @@ TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
     "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
+    "cream": _cream, "cream_large": _cream_large,
     "map": partial(_notebooks, "notebooks/", True), "notebooks": partial(_notebooks, "", False),
 }  # fmt: skip
 
