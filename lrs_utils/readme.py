@@ -1,10 +1,13 @@
-"""The READMEs' tables, written from data/results and the notebooks so that nothing is copied by hand:
-`python -m lrs_utils.readme`.
+"""The READMEs' tables, from data/results and the notebooks, and each notebook's first cell and badge, so that nothing
+is copied by hand: `python -m lrs_utils.readme`.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; what it shows is a function here.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what it shows is a function here. The repository's
+address is `Repository` in pyproject.toml's project.urls; while it is unset there are no badges, and a notebook is
+opened from a clone.
 """
 
 import re
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,6 +158,49 @@ def filled(text: str) -> str:
     return _TABLE.sub(written, text)
 
 
+def colab_cell(repository: str | None, version: str) -> str:
+    """Source of the cell that makes a bare Colab work: the project at its version's tag, beside Colab's own torch."""
+    if repository:
+        fetch = f"""        !git clone --quiet --depth 1 --branch v{version} {repository} project
+        %cd -q project/notebooks"""
+    else:
+        fetch = '        raise FileNotFoundError("open this notebook in a clone of its repository")'
+    return f"""import importlib.util
+import os
+import sys
+
+if importlib.util.find_spec("lrs_utils") is None:  # a bare Colab; elsewhere there is nothing to do
+    if not os.path.exists("../pyproject.toml"):
+{fetch}
+    %pip install --quiet --editable ..[cluster,rivals,tune]
+    sys.path.insert(0, "..")"""
+
+
+def stamp(notebook: Any, name: str, repository: str | None, version: str) -> None:
+    """Write a notebook's badge and first code cell, whose output stays as it is."""
+    first, cells = notebook.cells[0], notebook.cells
+    first.source = re.sub(r"\n\n\[!\[Open in Colab\].*", "", first.source)
+    if repository and repository.startswith("https://github.com/"):
+        place = repository.removeprefix("https://github.com/") + f"/blob/v{version}/notebooks/{name}"
+        badge = "https://colab.research.google.com/assets/colab-badge.svg"
+        link = f"\n\n[![Open in Colab]({badge})](https://colab.research.google.com/github/{place})"
+        first.source = first.source.replace("\n", f"{link}\n", 1)
+    if not any("colab" in cell.metadata.get("tags", []) for cell in cells[1:2]):
+        cell = nbformat.v4.new_code_cell(metadata={"tags": ["colab"]}, id="colab")  # type: ignore[no-untyped-call]
+        cells.insert(1, cell)
+    cells[1].source = colab_cell(repository, version)
+
+
+def address() -> tuple[str | None, str]:
+    """The repository, None while it is unset, and the version, from pyproject.toml."""
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project.get("urls", {}).get("Repository"), project["version"]
+
+
 if __name__ == "__main__":
-    for readme in READMES:
-        readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in sorted((_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+        stamp(notebook, path.name, *address())
+        nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
+    for path in READMES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

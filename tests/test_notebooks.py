@@ -11,6 +11,7 @@ import papermill
 import pytest
 
 from lrs_utils.models import cache_folder
+from lrs_utils.readme import address, colab_cell
 from lrs_utils.reproduce import printed_summary
 
 ROOT = Path(__file__).parent.parent
@@ -71,13 +72,20 @@ def test_papermill_sees_every_parameter(path):
     assert all(parameter["help"] and parameter["inferred_type_name"] for parameter in found.values())
 
 
-def test_the_set_up_cell_installs_the_project_on_colab(clean_cache, tmp_path):
+@pytest.mark.parametrize("where", ["in a clone", "bare"])
+def test_the_first_cell_installs_the_project_on_colab(where, clean_cache, tmp_path):
     """In a fresh virtual environment that has the requirements but not the project, with a stand-in for Colab."""
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "lrs_utils", clone / "lrs_utils", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "notebooks", clone / "notebooks")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone / name)
+    version = address()[1]
+    for command in (
+        ["init", "--quiet"], ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "a"], ["tag", f"v{version}"],
+    ):  # fmt: skip
+        subprocess.run(["git", "-C", clone, *command], check=True)
     colab = tmp_path / "stand-in" / "google" / "colab"
     colab.mkdir(parents=True)
     (colab / "__init__.py").write_text("")
@@ -85,22 +93,26 @@ def test_the_set_up_cell_installs_the_project_on_colab(clean_cache, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "requirements.pth").write_text(f"{sysconfig.get_path('purelib')}\n{tmp_path / 'stand-in'}\n")
-    code = [
-        c.source
-        for c in nbformat.read(clone / "notebooks" / "05_bezier_playground.ipynb", 4).cells
-        if c.cell_type == "code"
-    ]
-    parameters, set_up = (cell.replace('"cpu"', '"smoke"') for cell in code[:2])
-    script = clone / "notebooks" / "set_up.ipy"
-    look = "import lrs_utils\nprint(Path(lrs_utils.__file__).resolve())"
-    script.write_text(f"import google.colab\n{parameters}\n{set_up}\n{look}\n")
-    command = [tmp_path / "venv" / "bin" / "python", "-m", "IPython", "--no-banner", script.name]
+    notebook = nbformat.read(clone / "notebooks" / "05_bezier_playground.ipynb", 4)
+    code = [c.source.replace('"cpu"', '"smoke"') for c in notebook.cells if c.cell_type == "code"]
+    folder = clone / "notebooks"
+    if where == "bare":
+        code[0], folder = colab_cell(f"file://{clone}", version), tmp_path / "content"
+        folder.mkdir()
+    (folder / "set_up.ipy").write_text(
+        "\n".join(
+            ["import google.colab", *code[:3], "import lrs_utils, torch", "print(Path(lrs_utils.__file__).resolve())"]
+        )
+    )
+    command = [tmp_path / "venv" / "bin" / "python", "-m", "IPython", "--no-banner", "set_up.ipy"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "widgets are let in" in done.stdout
-    assert str(clone / "lrs_utils" / "__init__.py") in done.stdout
+    project = clone if where == "in a clone" else folder / "project"
+    assert str(project / "lrs_utils" / "__init__.py") in done.stdout
     assert "profile smoke" in done.stdout
+    assert not list((tmp_path / "venv").glob("lib/python*/site-packages/torch")), "Colab's own torch is kept"
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_pars", 5), ("n_pairs", "ten")])

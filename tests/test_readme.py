@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from lrs_utils import readme
@@ -30,3 +31,28 @@ def test_a_table_is_written_anew_and_an_unknown_one_named(monkeypatch):
     assert readme.filled(stale) == readme.filled(fresh) == fresh
     with pytest.raises(ValueError, match="the table 'tset'; there are test, front"):
         readme.filled(stale.replace("table test", "table tset"))
+
+
+def test_notebooks_are_stamped_with_the_address_that_pyproject_names():
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        before = [cell.source for cell in notebook.cells]
+        readme.stamp(notebook, path.name, *readme.address())
+        assert [cell.source for cell in notebook.cells] == before, "run `python -m lrs_utils.readme`"
+        assert notebook.cells[1].metadata["tags"] == ["colab"]
+
+
+def test_badges_come_and_go_with_the_address():
+    plain = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n\n**Why?**")])
+    readme.stamp(plain, "01_a.ipynb", None, "0.1.0")
+    unset = plain.cells[0].source, plain.cells[1].source
+    assert "badge" not in unset[0]
+    assert "open this notebook in a clone" in unset[1]
+    for version in ("0.1.0", "0.2.0"):
+        readme.stamp(plain, "01_a.ipynb", "https://github.com/someone/project", version)
+        assert plain.cells[0].source.count("colab-badge") == 1
+        assert f"github/someone/project/blob/v{version}/notebooks/01_a.ipynb)\n\n**Why?**" in plain.cells[0].source
+        assert f"--branch v{version} https://github.com/someone/project " in plain.cells[1].source
+    readme.stamp(plain, "01_a.ipynb", None, "0.1.0")
+    assert (plain.cells[0].source, plain.cells[1].source) == unset
+    assert len(plain.cells) == 2
