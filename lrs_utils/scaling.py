@@ -117,6 +117,13 @@ class LayerScaling:
         """Factor 1 everywhere: the model as it was trained."""
         return cls.uniform(1.0, num_layers)
 
+    @classmethod
+    def one_layer(cls, layer: int, factor: float, num_layers: int, scheme: str = "pi") -> "LayerScaling":
+        """One layer alone scaled (0-based), all others left as they are."""
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer {layer} is outside the {num_layers} layers (0 to {num_layers - 1})")
+        return cls([factor if at == layer else 1.0 for at in range(num_layers)], scheme)
+
     @property
     def key(self) -> str:
         """Canonical text of what this scaling computes: those that compute the same have the same."""

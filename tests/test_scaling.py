@@ -46,6 +46,13 @@ def test_identity_is_bit_identical_to_the_bare_model(lm, ids):
         assert torch.equal(logits(lm.model, ids), bare)
 
 
+def test_one_layer_scales_that_one_and_refuses_one_that_is_not_there():
+    assert LayerScaling.one_layer(1, 1.5, 3, "ntk") == LayerScaling((1.0, 1.5, 1.0), "ntk")
+    for layer in (3, -1):
+        with pytest.raises(ValueError, match=rf"layer {layer} is outside the 3 layers \(0 to 2\)"):
+            LayerScaling.one_layer(layer, 1.5, 3)
+
+
 @pytest.mark.parametrize("factor", [0.8, 1.5, 3.0])
 def test_uniform_pi_equals_transformers_linear(lm, ids, factor):
     with LayerScaling.uniform(factor, 2).applied_to(lm.model):

@@ -20,6 +20,7 @@ from lrs_utils.tasks import (
     kv_retrieval,
     lines_retrieval,
     passkey,
+    positions_at,
 )
 from lrs_utils.tasks.kv import kv_probe
 
@@ -90,6 +91,13 @@ def test_seeds_share_no_context():
     contexts = [{p.context for p in kv_retrieval(5, 20, seed=seed).probes} for seed in (0, 1, 10_000)]
     assert not contexts[0] & contexts[1]
     assert not contexts[0] & contexts[2]
+
+
+def test_positions_nearest_to_depths_take_the_earlier_of_two():
+    assert positions_at(5) == [0, 1, 2, 3, 4]
+    assert positions_at(20) == [0, 5, 9, 14, 19]  # the authors' middle of an even number is the earlier too
+    assert positions_at(3) == [0, 1, 2]
+    assert positions_at(4, (0, 0.5, 1)) == [0, 1, 3]
 
 
 def test_depths_run_from_begin_to_end():

@@ -10,7 +10,7 @@ from lrs_utils.tasks.lines import lines_retrieval
 from lrs_utils.tasks.long_text import continuations, long_texts
 from lrs_utils.tasks.mdqa import capitals, mdqa, mdqa_gold_moved
 from lrs_utils.tasks.passkey import passkey
-from lrs_utils.tasks.suite import Probe, Question, Suite
+from lrs_utils.tasks.suite import Probe, Question, Suite, positions_at
 
 __all__ = [
     "Probe",
@@ -27,4 +27,5 @@ __all__ = [
     "mdqa",
     "mdqa_gold_moved",
     "passkey",
+    "positions_at",
 ]

@@ -1,7 +1,7 @@
 """What every suite is made of."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -92,6 +92,11 @@ class Suite:
     def fingerprint(self) -> str:
         """Hash of all contexts and questions."""
         return hashlib.sha256("".join(key for probe in self.probes for key in probe.keys).encode()).hexdigest()[:16]
+
+
+def positions_at(n_items: int, depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[int]:
+    """Positions nearest to some depths, each once; of two equally near the earlier."""
+    return sorted({round(depth * (n_items - 1) - 1e-9) for depth in depths})
 
 
 def _depths(probe: Probe) -> tuple[float, ...]:
