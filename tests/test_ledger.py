@@ -136,7 +136,11 @@ def test_exported_outcomes_come_back_exactly(ledger, tmp_path):
     assert other.find("m", "pi|1.0,0.9") == {k: ledger.find("m", "pi|1.0,0.9")[k] for k in KEYS[:2]}
 
 
-@pytest.mark.parametrize("content", [b"", b"plain text", gzip.compress(b"a,b\n1,2\n"), gzip.compress(b"x" * 999)[:40]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"plain text", gzip.compress(b"a,b\n1,2\n"), gzip.compress(b"x" * 999)[:40]],
+    ids=["empty", "plain", "other columns", "cut off"],
+)
 def test_a_damaged_export_is_refused_by_name(ledger, tmp_path, content):
     path = tmp_path / "shipped.csv.gz"
     path.write_bytes(content)
