@@ -1,5 +1,9 @@
 """Layer-specific RoPE scaling: search, score and apply one position factor per decoder layer."""
 
+from lrs_utils.supported import refuse_unsupported
+
+refuse_unsupported()
+
 from lrs_utils import tasks
 from lrs_utils.bezier import BezierCurve
 from lrs_utils.ledger import Ledger
