@@ -26,6 +26,7 @@ import nbformat
 import papermill
 import yaml
 
+from lrs_utils.cost import announced
 from lrs_utils.files import write_whole
 from lrs_utils.reproduce import RESULTS_FOLDER, ROOT, revision, versions
 from lrs_utils.verify import VERIFY, compared
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str]) -> int:
         if not options.resume:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if options.fresh or options.profile == "gpu":
+        for name, given in parameters.items():
+            _say_cost(name, given)
     results = {done.notebook: done for done in _finished(folder)}
     _write_manifest(folder, options, results)
     lock = threading.Lock()
@@ -105,6 +109,14 @@ def main(arguments: Sequence[str]) -> int:
             verdict = "agrees" if result.agrees else "DIFFERS"
             print(f"{verdict}  {result.name}: {result.off} of {result.values} values off  {result.note}".rstrip())
     return int(not agree or any(done.status != "ok" for done in ended))
+
+
+def _say_cost(notebook: str, parameters: Mapping[str, Any]) -> None:
+    profile = ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml"
+    try:
+        print(announced(notebook, yaml.safe_load(profile.read_text(encoding="utf-8")) | parameters), flush=True)
+    except (MemoryError, OSError) as error:  # too large, or its configuration can't be had: the notebook will fail so
+        print(error, flush=True)
 
 
 def _is_run_folder(folder: Path) -> bool:

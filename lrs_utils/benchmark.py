@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ import yaml
 from torch import Tensor
 
 from lrs_utils import plots, tasks
+from lrs_utils.cost import matrix_rate, seconds_of
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, load_lm
 from lrs_utils.packed import pack
@@ -123,35 +123,15 @@ def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...
     return {s.layers[: layer + 1] for s in scalings for layer in range(len(s.factors))}
 
 
-def matrix_rate(lm: LM) -> float:
-    """Operations a second of the fastest of some matrix products in the model's precision."""
-    best = 0.0
-    for m, k, n in [(1024,) * 3, (2048,) * 3, (4096,) * 3, (4096, 1024, 4096)]:
-        a, b = (torch.randn(rows, k, device=lm.model.device, dtype=lm.model.dtype) for rows in (m, n))
-        product = partial(torch.nn.functional.linear, a, b)
-        best = max(best, *(2 * m * k * n / _seconds(lm, product) for _ in range(4)))  # the first warms up
-    return best
-
-
-def _seconds(lm: LM, run: Callable[[], object]) -> float:
-    if lm.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if lm.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measured(lm: LM, repetitions: Sequence[Sequence[Work]]) -> pd.DataFrame:
     """Run all work, repetition by repetition; one row each time, with the matrix rate of its repetition."""
     rows = []
     bar = Progress(sum(work.steps for works in repetitions for work in works), "benchmark")
     with torch.inference_mode(), bar.entered():
         for repetition, works in enumerate(repetitions):
-            rate = matrix_rate(lm)
+            rate = matrix_rate(lm.model.device, lm.model.dtype)
             for work in works:
-                seconds = _seconds(lm, partial(work.run, bar))
+                seconds = seconds_of(lm.model.device, partial(work.run, bar))
                 rows.append(
                     {
                         "repetition": repetition,

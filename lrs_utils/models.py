@@ -94,7 +94,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
         here), a folder with a transformers model, a hub id "org/name", or a random two-layer model: "tiny-llama",
         "tiny-mistral", ...
     dtype : str or torch.dtype
-        "auto" is bfloat16 on a GPU and on CPUs with AVX512-BF16, else float32.
+        "auto" is bfloat16 on GPUs and CPUs that multiply in it, float16 on other GPUs, else float32.
     device : str or torch.device
         "auto" is the first CUDA GPU, else the CPU.
 
@@ -105,12 +105,12 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     FileNotFoundError
         The embedded model is not in the cache and can't be fetched; says which file and where to put it.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = _choose_dtype(dtype, device)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
     if name in _TINY:
         tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
     else:
-        source = _embedded_folder() if name == EMBEDDED else _checked_source(name)
+        source = _checked_source(name)
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -130,14 +130,19 @@ def cache_folder() -> Path:
     return folder
 
 
-def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device that `load_lm` takes: by itself the first CUDA GPU, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision that `load_lm` takes on a device."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        fast = device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
         return torch.bfloat16 if fast else torch.float32
     chosen = getattr(torch, dtype, None)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
@@ -145,7 +150,18 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return chosen
 
 
+def outline(name: str) -> PreTrainedModel:
+    """A model of `load_lm` without its weights, from the configuration alone: to see how large it is."""
+    with torch.device("meta"):
+        if name in _TINY:
+            return _tiny(name, torch.float32)
+        config = AutoConfig.from_pretrained(_checked_source(name))
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call, no-any-return]
+
+
 def _checked_source(name: str) -> str | Path:
+    if name == EMBEDDED:
+        return _embedded_folder()
     if name == SMALL:
         if not (SMALL_FOLDER / "config.json").exists():
             raise ValueError(f"{SMALL} is not in {SMALL_FOLDER}; make it: python -m lrs_utils.small (75 minutes)")

@@ -28,6 +28,7 @@ import nbformat
 import pandas as pd
 import yaml
 
+from lrs_utils.cost import announced
 from lrs_utils.files import write_whole
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import cache_folder
@@ -232,7 +233,10 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
         if value is not None and value != settings.get(name):
             overridden[name] = value
         namespace[name] = settings[name] = settings.get(name) if value is None else value
-    return Run(notebook, profile, settings, overridden, bool(namespace.get("fresh", False)))
+    fresh = bool(namespace.get("fresh", False))
+    if fresh or profile == "gpu":
+        print(announced(notebook, settings), flush=True)
+    return Run(notebook, profile, settings, overridden, fresh)
 
 
 def _now() -> str:

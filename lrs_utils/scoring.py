@@ -32,7 +32,7 @@ from lrs_utils.tasks import Probe, Suite
 
 _TASK_CANDIDATES = 4  # of one batch of contexts in a task for an executor: enough tasks for many workers
 _CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
-_CACHED_TOKENS = 2**16  # of all answers decoded together, context included: 1.5 GiB of SmolLM2's keys and values
+_CACHED_BYTES = 1440 * 2**20  # of keys and values of all answers decoded together; on a GPU half of what is free
 _LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: what stays in a cache
 
 
@@ -303,10 +303,14 @@ def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int)
     """Greedy text after each of some prompts that share their begin, which is read once."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     n_context, longest = shared_prefix(prompts), max(map(len, prompts))
-    at_once = max(1, _CACHED_TOKENS // (longest + max_new_tokens))
+    device = lm.model.device
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CACHED_BYTES
     read = DynamicCache(config=lm.model.config)
-    shared = torch.tensor([prompts[0][:n_context]], device=lm.model.device)
+    shared = torch.tensor([prompts[0][:n_context]], device=device)
     lm.model(shared, past_key_values=read, logits_to_keep=1)
+    kept = [tensor for layer in read.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+    bytes_a_token = sum(tensor.nbytes for tensor in kept) / n_context
+    at_once = max(1, int(room / (bytes_a_token * (longest + max_new_tokens))))
     texts: list[str] = []
     for first in range(0, len(prompts), at_once):
         some = prompts[first : first + at_once]
@@ -316,8 +320,8 @@ def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int)
         cache = copy.deepcopy(read) if first + at_once < len(prompts) else read
         cache.batch_repeat_interleave(len(rows))
         tokens = lm.model.generate(  # type: ignore[operator]
-            torch.tensor(rows, device=lm.model.device),
-            attention_mask=torch.tensor(masks, device=lm.model.device),
+            torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(masks, device=device),
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,

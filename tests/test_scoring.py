@@ -284,7 +284,7 @@ def test_free_answers_equal_generate_on_each_question_alone(smollm2):
 def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm2, tmp_path, monkeypatch):
     suite, scaling = tasks.kv_retrieval(5, 2, seed=5, keys="short"), SCALINGS[30]
     answers = generate_answers(smollm2, suite, scaling, max_new_tokens=8)
-    monkeypatch.setattr(scoring, "_CACHED_TOKENS", 400)  # two questions at once
+    monkeypatch.setattr(scoring, "_CACHED_BYTES", 400 * 256)  # two questions at once, at 256 bytes a token
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8) == answers
     ledger = Ledger(tmp_path / "l.sqlite")
     part = replace(suite, probes=(replace(suite.probes[0], questions=suite.probes[0].questions[1:3]),))
