@@ -7,6 +7,11 @@ from lrs_utils.models import EMBEDDED, LM
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that two workers end together."""
+    items.sort(key=lambda item: "smoke" not in item.name)
+
+
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]
 
 
