@@ -1,11 +1,18 @@
 # make demo: a search on a real model, in minutes.   make test: everything CI checks.
+# make test-oldest: the same on the oldest torch and transformers that are admitted, in a venv of its own.
 # make bench: what an answer and a search cost, against decoding each answer anew and the machine's limit.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
+EXTRAS := cluster,hub,rivals,test,tune
 # one line of output a step, also when a terminal is attached to make
 RUN := $(BIN)/papermill --log-output --no-progress-bar
 
-.PHONY: demo test bench lint model clean
+# two workers of one thread each: torch's threads would wait for each other
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+OLDEST := torch==2.9.0 transformers==5.20.0
+
+.PHONY: demo test test-oldest bench lint model clean
 
 demo: model
 	@mkdir -p build
@@ -13,7 +20,14 @@ demo: model
 	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
 
 test: lint model
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --cov=lrs_utils --cov-fail-under=90 --cov-report=
+
+test-oldest: model
+	$(PYTHON) -m venv --clear build/oldest
+	grep -vE '^(torch|transformers)==' constraints.txt > build/oldest/constraints.txt
+	build/oldest/bin/pip install --quiet --disable-pip-version-check $(OLDEST) \
+		--constraint build/oldest/constraints.txt --editable '.[$(EXTRAS)]'
+	OMP_NUM_THREADS=1 build/oldest/bin/python $(PYTEST)
 
 bench: model
 	$(BIN)/python -m lrs_utils.benchmark
@@ -32,7 +46,7 @@ model: .venv/installed
 		|| { echo "Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv \
 		|| { rm -rf .venv; echo "on Debian: apt-get install python3-venv, then make again"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,hub,rivals,test,tune]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

@@ -1,11 +1,14 @@
 """Perplexity of long text in sliding windows (Press et al. 2021; the stride of 256 is YaRN's, 2309.00071)."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, text_row
@@ -53,7 +56,7 @@ def window_nll(
         A window beyond the model's, shorter than the stride, or longer than the text or than `first_end`.
     """
     scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
-    ids = torch.tensor(lm.tokenizer(text)["input_ids"])
+    ids = _tokens(lm.tokenizer, text)
     limit = lm.window * scaling.reach
     for length in lengths:
         if not stride < length <= len(ids):
@@ -87,3 +90,9 @@ def window_nll(
                 nll[row, column] = F.cross_entropy(logits, layout.targets).item()
                 bar.advance(1)
     return nll
+
+
+@lru_cache(maxsize=16)
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """A book takes longer to split than a small model to read a window of it."""
+    return torch.tensor(tokenizer(text)["input_ids"])

@@ -35,6 +35,13 @@ def test_constraints_pin_every_requirement_within_its_bounds():
     assert pins["torch"] == "2.13.0"
 
 
+def test_the_oldest_that_are_tested_are_the_oldest_that_are_admitted():
+    [oldest] = re.findall(r"^OLDEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for name, version in (pin.split("==") for pin in oldest.split()):
+        [bounds] = [r.specifier for r in REQUIREMENTS if r.name == name]
+        assert f">={version.removesuffix('.0')}" in map(str, bounds)
+
+
 def test_metadata_names_the_tested_pythons():
     assert PROJECT["requires-python"] == ">=3.11,<3.14"
     named = re.findall(r"3\.\d+", " ".join(PROJECT["classifiers"]))
@@ -42,7 +49,8 @@ def test_metadata_names_the_tested_pythons():
 
 
 def test_the_readme_gives_the_commands_that_the_makefile_has():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text()))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "results" / "README.md")
+    used = set(re.findall(r"(?:^|`)make ([a-z-]+)", "".join(page.read_text() for page in pages), re.MULTILINE))
     assert {"demo", "test"} <= used <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text()
