@@ -8,8 +8,8 @@ torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that two workers end together."""
-    items.sort(key=lambda item: "smoke" not in item.name)
+    """What takes long first, so that two workers end together; the browser's before all, so that one has them all."""
+    items.sort(key=lambda item: ("browser" not in str(item.path), "smoke" not in item.name))
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3", "gemma3"]

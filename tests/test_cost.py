@@ -61,7 +61,3 @@ def test_every_notebook_says_what_the_gpu_profile_costs(notebook, on_h100):
 def test_a_gpu_without_bfloat16_is_given_float16(on_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert "in float16, 12.6 GiB" in cost.announced("03_lost_in_the_middle", profile("gpu"))
-
-
-def test_the_rate_of_matrix_products_is_measured():
-    assert 1e9 < cost.matrix_rate(torch.device("cpu"), torch.float32) < 1e15

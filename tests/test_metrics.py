@@ -21,9 +21,17 @@ from lrs_utils.metrics import (
 def test_utilisation_weighs_first_middle_and_last():
     exact = np.zeros((3, 1, 5), bool)
     exact[0, 0, 0] = exact[1, 0, 2] = exact[2, 0, 4] = True
-    np.testing.assert_allclose(utilisation(exact, np.linspace(0, 1, 5)), UTILISATION_WEIGHTS)
+    np.testing.assert_allclose(utilisation(exact, np.linspace(0, 1, 5)), np.array(UTILISATION_WEIGHTS) / 6)
     assert UTILISATION_WEIGHTS[0] < UTILISATION_WEIGHTS[1] < UTILISATION_WEIGHTS[2]
     assert utilisation(np.ones((4, 3)), [0, 0.5, 1], weights=(2, 3, 5)) == pytest.approx(1)
+
+
+def test_utilisation_is_the_same_to_the_last_bit_whoever_else_is_asked():
+    exact = np.random.default_rng(0).random((40, 16, 20)) < 0.3
+    for worth, questions in ((utilisation, [0, 9, 19]), (utilisation_over_depths, range(20))):
+        asked = exact[..., list(questions)]
+        together = worth(asked, np.array(questions) / 19)
+        assert together.tolist() == [float(worth(one, np.array(questions) / 19)) for one in asked]
 
 
 def test_the_middle_is_the_depth_nearest_to_one_half():

@@ -1,14 +1,20 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
-from lrs_utils.search import utilisation_then_nll
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, scoring, search, tasks
+from lrs_utils.search import utilisation_over_depths_then_nll, utilisation_then_nll
+
+ROOT = Path(__file__).parent.parent
 
 
 def worth(candidate):
@@ -255,3 +261,28 @@ def test_a_killed_search_ends_as_an_undisturbed_one_and_measures_nothing_twice(t
         assert known + recomputed == total  # nothing lost, nothing measured twice
         survived.append(known)
     print(f"{len(survived)} kills, {total} outcomes each; known after the kill: {survived}; measured twice: 0")
+
+
+@pytest.mark.parametrize("over_depths", [False, True], ids=["U", "over depths"])
+def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
+    over_depths, smollm2, tmp_path, monkeypatch
+):
+    """On any machine: a fitness that differs in its last bit would take a search past a tie to other candidates."""
+    settings = yaml.safe_load((ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text())
+    ledger, half = Ledger(tmp_path / "l.sqlite"), settings["population"] // 2
+    ledger.load(ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
+    factors = json.loads((ROOT / "data" / "factors" / "smollm2-135m-ga.json").read_text())
+    lm = replace(smollm2, fingerprint=factors["fingerprint"])
+    n = settings["n_pairs"]
+    positions = None if over_depths else tasks.positions_at(n, (0, 0.5, 1))
+    genetic = GeneticSearch(
+        30, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
+        start=settings["start"], population=2 * half, parents=half, mutations=half // 2, crossovers=half - half // 2,
+    )  # fmt: skip
+    monkeypatch.setattr(scoring, "_Walk", None)  # no model is run
+    suite = tasks.kv_retrieval(n, settings["n_contexts"], seed=settings["seed"], positions=positions)
+    objective = utilisation_over_depths_then_nll if over_depths else utilisation_then_nll
+    result = search(lm, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective)
+    assert len(result.candidates) == settings["budget"]
+    if not over_depths:
+        assert list(result.best.factors) == factors["factors"]
