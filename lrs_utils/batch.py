@@ -115,7 +115,7 @@ def _say_cost(notebook: str, parameters: Mapping[str, Any]) -> None:
     profile = ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml"
     try:
         print(announced(notebook, yaml.safe_load(profile.read_text(encoding="utf-8")) | parameters), flush=True)
-    except (MemoryError, OSError) as error:  # too large, or its configuration can't be had: the notebook will fail so
+    except (MemoryError, OSError, ValueError) as error:  # too large, or not to be had: the notebook will fail alike
         print(error, flush=True)
 
 

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 
 from lrs_utils import batch
-from lrs_utils.batch import main
+from lrs_utils.batch import Done, main
 
 PARAMETERS = 'profile: str = "cpu"  # a file\nn: int = 1  # a number\nfresh: bool = False  # anew'
 FIGURE = (
@@ -121,3 +121,21 @@ def test_a_folder_that_is_no_run_folder_is_left_as_it_is(collection, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--profile", "smoke", "--out", str(mine)])
     assert (mine / "thesis.txt").read_text() == "all of it"
+
+
+def test_what_it_costs_is_said_before_anything_runs(collection, capsys, monkeypatch):
+    def priced(name, settings):
+        assert settings == {"profile": "gpu", "seed": 9}
+        if name == "02_fails":
+            raise MemoryError("02_fails: 100 GiB to train")
+        return f"{name}: roughly 3 hours"
+
+    (collection / "notebooks" / "profiles" / "gpu.yaml").write_text("profile: gpu\nseed: 9\n")
+    monkeypatch.setattr(batch, "announced", priced)
+    monkeypatch.setattr(batch, "_executed", lambda path, *_: Done(path.stem, "ok", 1.0, "", "0"))
+    assert main(["--profile", "gpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    said = ["01_draws: roughly 3 hours", "02_fails: 100 GiB to train", "03_prints: roughly 3 hours"]
+    assert printed[:3] == said
+    assert main(["--profile", "smoke"]) == 0
+    assert "roughly" not in capsys.readouterr().out
