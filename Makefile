@@ -20,7 +20,7 @@ demo: model
 	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
 
 test: lint model
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --cov=lrs_utils --cov-fail-under=90 --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)
 
 test-oldest: model
 	$(PYTHON) -m venv --clear build/oldest

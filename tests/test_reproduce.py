@@ -21,8 +21,8 @@ def namespace(**changes):
 def test_parameters_left_none_come_from_the_profile():
     names = namespace()
     run = begin("06_ga_search", names)
-    assert (names["n_pairs"], names["bounds"]) == (8, [0.7, 1.2])
-    assert run["n_pairs"] == 8
+    assert (names["n_pairs"], names["bounds"]) == (5, [0.7, 1.2])
+    assert run["n_pairs"] == 5
     assert not run.overridden
     assert run.folder == ROOT / "build" / "smoke"
     assert run.place == "build/smoke"
