@@ -12,17 +12,17 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST := torch==2.9.0 transformers==5.20.0
 
-.PHONY: demo test test-oldest bench lint model clean
+.PHONY: demo test test-oldest bench lint model texts clean
 
 demo: model
 	@mkdir -p build
 	$(RUN) notebooks/06_ga_search.ipynb build/demo.ipynb -p profile demo
 	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
 
-test: lint model
+test: lint texts
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)
 
-test-oldest: model
+test-oldest: texts
 	$(PYTHON) -m venv --clear build/oldest
 	grep -vE '^(torch|transformers)==' constraints.txt > build/oldest/constraints.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check $(OLDEST) \
@@ -40,6 +40,10 @@ lint: .venv/installed
 # the embedded model, fetched and converted into the cache once
 model: .venv/installed
 	@$(BIN)/python -c "from lrs_utils import load_lm; print(load_lm())"
+
+# 8 MB of books and facts, fetched once: tests need no network then
+texts: model
+	@$(BIN)/python -c "from lrs_utils import tasks; [tasks.long_texts(t) for t in ('shakespeare', 'factbook')]"
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version" \

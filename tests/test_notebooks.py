@@ -20,10 +20,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 @pytest.fixture
 def clean_cache(tmp_path, monkeypatch, smollm2):
-    """A cache with the model and no outcomes, so that a notebook measures."""
+    """A cache with the model, fetched texts and no outcomes, so that a notebook measures."""
     cache = tmp_path / "cache"
     cache.mkdir()
-    os.symlink(cache_folder() / "smollm2-135m", cache / "smollm2-135m")
+    (cache_folder() / "packages").mkdir(exist_ok=True)
+    for name in ("smollm2-135m", "packages"):
+        os.symlink(cache_folder() / name, cache / name)
     monkeypatch.setenv("LRS_CACHE", str(cache))
     return cache
 
