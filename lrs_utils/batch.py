@@ -270,7 +270,7 @@ def _write_index(folder: Path, ended: Sequence[Done]) -> None:
         )
     page = f"""<!doctype html><meta charset=utf-8><title>{folder.name}</title><style>
 body {{ font-family: sans-serif; margin: 2em }}
-td {{ padding: .3em .8em; vertical-align: top }} img {{ max-width: 38vw }}
+td {{ padding: .3em .8em; vertical-align: top }} img {{ max-width: 36vw }} td:first-child {{ max-width: 18vw }}
 </style><h1>{folder.name}</h1><p>{html.escape(versions())}, code {revision()}</p>
 <table><tr><th>notebook<th>seconds<th>status<th>error</tr>{"".join(rows)}</table>
 <h2>Figures</h2><table><tr><th><th>this run<th>committed</tr>{"".join(figures)}</table>
