@@ -117,9 +117,7 @@ def test_the_first_cell_installs_the_project_on_colab(where, clean_cache, tmp_pa
     assert not list((tmp_path / "venv").glob("lib/python*/site-packages/torch")), "Colab's own torch is kept"
 
 
-@pytest.mark.parametrize(("name", "value"), [("n_pars", 5), ("n_pairs", "ten")])
-def test_a_wrong_papermill_parameter_fails_the_run(name, value, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match=name):
-        papermill.execute_notebook(
-            NOTEBOOKS[0], tmp_path / "out.ipynb", {"profile": "smoke", name: value}, progress_bar=False
-        )
+def test_a_wrong_papermill_parameter_fails_the_run(tmp_path):
+    given = {"profile": "smoke", "n_pars": 5}
+    with pytest.raises(papermill.PapermillExecutionError, match="n_pars"):
+        papermill.execute_notebook(NOTEBOOKS[0], tmp_path / "out.ipynb", given, progress_bar=False)
