@@ -1,4 +1,4 @@
-# make demo: a search on a real model, in minutes.   make test: everything CI checks.
+# make demo: a scaling for a real model, found and judged in minutes.   make test: everything CI checks.
 # make test-oldest: the same on the oldest torch and transformers that are admitted, in a venv of its own.
 # make bench: what an answer and a search cost, against decoding each answer anew and the machine's limit.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
@@ -14,10 +14,12 @@ OLDEST := torch==2.9.0 transformers==5.20.0
 
 .PHONY: demo test test-oldest bench lint model texts clean
 
-demo: model
+demo: texts
 	@mkdir -p build
-	$(RUN) notebooks/06_ga_search.ipynb build/demo.ipynb -p profile demo
+	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -p profile demo
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html build/demo.ipynb
 	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
+	@echo "page:        $(CURDIR)/build/demo.html"
 
 test: lint texts
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)

@@ -6,9 +6,13 @@ refuse_unsupported()
 
 from lrs_utils import tasks
 from lrs_utils.bezier import BezierCurve
+from lrs_utils.factors import load_factors, save_factors
+from lrs_utils.finding import find_scaling
+from lrs_utils.found import Found
+from lrs_utils.heads import HeadScaling
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, load_lm
-from lrs_utils.scaling import LayerScaling, load_factors, save_factors
+from lrs_utils.scaling import LayerScaling
 from lrs_utils.scoring import Outcomes, score
 from lrs_utils.search import (
     CmaEsSearch,
@@ -26,8 +30,10 @@ __all__ = [
     "LM",
     "BezierCurve",
     "CmaEsSearch",
+    "Found",
     "GeneticSearch",
     "GradientSearch",
+    "HeadScaling",
     "LayerScaling",
     "Ledger",
     "LinearSearch",
@@ -35,6 +41,7 @@ __all__ = [
     "RandomSearch",
     "RefinementSearch",
     "TpeSearch",
+    "find_scaling",
     "load_factors",
     "load_lm",
     "save_factors",

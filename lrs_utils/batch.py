@@ -28,7 +28,8 @@ import yaml
 
 from lrs_utils.cost import announced
 from lrs_utils.files import write_whole
-from lrs_utils.reproduce import RESULTS_FOLDER, ROOT, revision, versions
+from lrs_utils.repository import ROOT, profiles
+from lrs_utils.reproduce import RESULTS_FOLDER, revision, versions
 from lrs_utils.verify import VERIFY, compared
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -61,9 +62,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.verify and (options.profile != "cpu" or options.given or options.fresh or options.resume):
         parser.error("--verify runs what is committed: profile cpu as it is, without -p, --fresh and --resume")
     try:
+        profiles(ROOT)  # what is no clone is refused before anything is said to be missing from it
         notebooks = _chosen(options.only)
         parameters = _parameters(options, notebooks)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     name = "verify" if options.verify else "-".join([options.profile, *options.given]).replace("/", "-")
     folder = options.out or ROOT / "build" / "runs" / name
@@ -112,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _say_cost(notebook: str, parameters: Mapping[str, Any]) -> None:
-    profile = ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml"
+    profile = profiles(ROOT)[parameters["profile"]]
     try:
         print(announced(notebook, yaml.safe_load(profile.read_text(encoding="utf-8")) | parameters), flush=True)
     except (MemoryError, OSError, ValueError) as error:  # too large, or not to be had: the notebook will fail alike
@@ -137,9 +139,8 @@ def _chosen(only: Sequence[str]) -> list[Path]:
 
 def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """What papermill gives each notebook: the profile, and of the given parameters those that it has."""
-    profiles = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
-    if options.profile not in profiles:
-        raise ValueError(f"there is no profile {options.profile!r}; there are {', '.join(profiles)}")
+    if options.profile not in profiles(ROOT):
+        raise ValueError(f"there is no profile {options.profile!r}; there are {', '.join(profiles(ROOT))}")
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1")
     known = {path.stem: set(papermill.inspect_notebook(str(path))) for path in notebooks}
@@ -162,13 +163,13 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
 
 
 def _digest(path: Path, parameters: dict[str, Any]) -> str:
-    """Of what is committed and a run depends on: code, parameters, profile, module, factors, small model, versions."""
+    """Of what is committed and a run depends on: code, parameters, profile, the package with its data, versions."""
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
-    files = sorted((ROOT / "lrs_utils").rglob("*.py"))
-    files += sorted((ROOT / "data" / "factors").glob("*.json")) + sorted((ROOT / "data" / "small-rope").glob("*.csv"))
-    files.append(ROOT / "notebooks" / "profiles" / f"{parameters['profile']}.yaml")
-    parts = [json.dumps([parameters, code, versions()]), *(file.read_text(encoding="utf-8") for file in files)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    package = [path for path in sorted((ROOT / "lrs_utils").rglob("*")) if path.is_file()]
+    files = [path for path in package if path.parent.name != "__pycache__"]
+    files.append(profiles(ROOT)[parameters["profile"]])
+    parts = [json.dumps([parameters, code, versions()]).encode(), *(file.read_bytes() for file in files)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _executed(
@@ -225,8 +226,9 @@ def _finished(folder: Path) -> list[Done]:
 
 
 def _write_manifest(folder: Path, options: argparse.Namespace, ended: Mapping[str, Done]) -> None:
-    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{options.profile}.yaml").read_text(encoding="utf-8"))
-    results = [path for kind in ("data", "figures") for path in sorted((folder / kind).rglob("*")) if path.is_file()]
+    profile = yaml.safe_load(profiles(ROOT)[options.profile].read_text(encoding="utf-8"))
+    kinds = ("data", "figures", "lrs_utils")  # the last holds found factors
+    results = [path for kind in kinds for path in sorted((folder / kind).rglob("*")) if path.is_file()]
     content = {
         "command": "python -m lrs_utils.reproduce " + " ".join(_command_line(options)),
         "versions": versions(),

@@ -27,6 +27,7 @@ from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, load_lm
 from lrs_utils.packed import pack
 from lrs_utils.progress import Progress
+from lrs_utils.repository import ROOT, profiles
 from lrs_utils.reproduce import versions
 from lrs_utils.scaling import LayerScaling, Setting, reachable_decoder
 from lrs_utils.scoring import Outcomes, score
@@ -43,7 +44,6 @@ from lrs_utils.search import (
 from lrs_utils.searchers import Genome
 from lrs_utils.tasks import Probe, Suite
 
-_ROOT = Path(__file__).resolve().parent.parent
 _RACING = 0.1
 GENERATE, ALONE, THREE, ALL = "generate", "score, one question", "score, three positions", "score, all positions"
 GENERATION, GENERATION_ALONE = "generation of the search", "generation, each candidate alone"
@@ -120,7 +120,7 @@ def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling]
 
 def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...]]:
     """Branches of the trie of candidates: what must be computed, a layer each."""
-    return {s.layers[: layer + 1] for s in scalings for layer in range(len(s.factors))}
+    return {s.settings[: layer + 1] for s in scalings for layer in range(len(s.factors))}
 
 
 def measured(lm: LM, repetitions: Sequence[Sequence[Work]]) -> pd.DataFrame:
@@ -298,14 +298,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140], help="4 or more each")
-    parser.add_argument("--out", type=Path, default=_ROOT, help="folder that gets data/results and figures")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder that gets data/results and figures")
     arguments = parser.parse_args()
-    settings = yaml.safe_load((_ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load(profiles()["cpu"].read_text(encoding="utf-8"))
     lm, pairs = load_lm(settings["model"], dtype=settings["dtype"]), settings["n_pairs"]
     three = [0, (pairs - 1) // 2, pairs - 1]
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
-        ledger.load(_ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
+        ledger.load(ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
         recorded = [
             recorded_search(lm, settings, ledger, "search of U", utilisation_then_nll, three),
             recorded_search(lm, settings, ledger, "search of all depths", utilisation_over_depths_then_nll, None),

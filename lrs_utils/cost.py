@@ -7,19 +7,18 @@ machine's rate of matrix products. The counts are of each notebook's main parts,
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
 from lrs_utils.models import choose_device, choose_dtype, outline
+from lrs_utils.repository import profiles
 
 _READ, _ASKED = 73, 77  # tokens of a UUID pair in a context, and of a question about one with its answer
 _BACKWARD = 4  # a gradient, in forward passes of the same tokens
 _KNOWN_RATE, _KNOWN_WEIGHTS = 861e9, 134_515_008  # where the `cpu` profile was timed: data/results/benchmark.csv
 _GIB = 2**30
-_PROFILES = Path(__file__).resolve().parent.parent / "notebooks" / "profiles"
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -119,7 +118,7 @@ def announced(notebook: str, settings: Mapping[str, Any]) -> str:
     if notebook not in _COUNTED:
         return f"{notebook}: minutes"
     role, count, minutes = _COUNTED[notebook]
-    known = yaml.safe_load((_PROFILES / "cpu.yaml").read_text(encoding="utf-8"))
+    known = yaml.safe_load(profiles()["cpu"].read_text(encoding="utf-8"))
     device = choose_device()
     dtype = choose_dtype(settings["dtype"], device)
     model = outline(settings[role])

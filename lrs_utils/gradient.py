@@ -1,13 +1,13 @@
-"""The gradient of a suite's nll with respect to every layer's factor and temperature, and the search that follows it.
+"""The gradient of a suite's nll with respect to numbers of layers and heads, and the search that follows it.
 
-A factor enters a model through one layer's cos and sin, so the nll of an answer can be differentiated in all of them at
-once, for about the price of four forward passes (one to compute activations again instead of keeping them). Ours; the
-paper (2503.04355) searches without gradients.
+A factor enters a model through one layer's cos and sin, a head's numbers multiply its activations, so the nll of an
+answer can be differentiated in all of them at once, for about the price of four forward passes (one to compute
+activations again instead of keeping them). Ours; the paper (2503.04355) searches without gradients.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,30 +18,75 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lrs_utils.heads import HeadScaling, multiplied
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, pack
 from lrs_utils.progress import Progress
-from lrs_utils.rope import DYNAMIC
-from lrs_utils.scaling import LayerScaling, PositionTables, reachable_decoder
+from lrs_utils.scaling import LayerScaling, PositionTables, Scaling, reachable_decoder
 from lrs_utils.scoring import context_tokens, entered, judged, refuse_beyond_window
-from lrs_utils.searchers import Fitness, varied
+from lrs_utils.searchers import Fitness
 from lrs_utils.tasks import Probe, Suite
 
+_KEPT_BYTES = 2 * 2**30  # of activations kept for the way back; above it they are computed twice
 PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
+LAYER_NUMBERS, HEAD_NUMBERS = ("factors", "temperatures"), ("head_temperatures", "head_gains", "mlp_gains")
+
+# What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
+SPACES = {
+    "factors": ("factors",),
+    "temperatures": ("temperatures",),
+    "both": LAYER_NUMBERS,
+    "head_temperatures": ("head_temperatures",),
+    "head_gains": ("head_gains",),
+    "heads": ("head_temperatures", "head_gains"),
+    "outputs": ("=head_gains", "mlp_gains"),  # as many numbers as "both", none of positions: a control
+}
+
+
+def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
+    """A scaling's numbers by name, each of shape (rows, layers): one row for a number of a layer, one for each head."""
+    layers, heads = _parts(scaling, lm)
+    n_heads, ones = int(lm.model.config.get_text_config().num_attention_heads), np.ones(lm.num_layers)
+    given = {
+        "factors": layers.factors,
+        "temperatures": layers.temperatures,
+        "head_temperatures": None if heads is None or heads.temperatures is None else np.transpose(heads.temperatures),
+        "head_gains": None if heads is None or heads.gains is None else np.transpose(heads.gains),
+        "mlp_gains": None if heads is None else heads.mlp_gains,
+    }
+    rows = {name: n_heads if name in ("head_temperatures", "head_gains") else 1 for name in given}
+    return {
+        name: np.tile(ones, (rows[name], 1)) if values is None else np.array(values, float).reshape(rows[name], -1)
+        for name, values in given.items()
+    }
+
+
+def _parts(scaling: Scaling, lm: LM) -> tuple[LayerScaling, HeadScaling | None]:
+    heads = scaling if isinstance(scaling, HeadScaling) else None
+    layers = scaling if heads is None else heads.layers
+    return (layers if isinstance(layers, LayerScaling) else LayerScaling.identity(lm.num_layers)), heads
 
 
 def nll_gradient(
-    lm: LM, probe: Probe, scaling: LayerScaling, *, extrapolate: bool = False, ledger: Ledger | None = None
+    lm: LM,
+    probe: Probe,
+    scaling: Scaling,
+    numbers: Sequence[str] = LAYER_NUMBERS,
+    *,
+    extrapolate: bool = False,
+    ledger: Ledger | None = None,
 ) -> tuple[float, NDArray[np.float64]]:
-    """The nll of a context's questions, and its derivative by the log of each layer's factor and temperature.
+    """The nll of a context's questions, and its derivative by the logs of numbers.
 
-    Activations are computed twice, none are kept but the layers' inputs (checkpointing).
+    Activations are kept while they are small; else only the layers' inputs are, and the rest is computed twice.
 
     Parameters
     ----------
     probe : Probe
         A context; the nll is the mean over its questions, as `score` measures it.
+    numbers : sequence of str
+        Which of `numbers_of` to differentiate by: factors and temperatures of layers by default.
     extrapolate : bool
         Allow a context longer than the window.
     ledger : Ledger, optional
@@ -51,63 +96,75 @@ def nll_gradient(
     -------
     nll : float
         In nats.
-    gradient : float array, shape (2, layers)
-        By log s_l, then by log t_l.
+    gradient : float array, shape (rows, layers)
+        By the logs of each of `numbers` in turn: one row for a number of a layer, one a head for numbers of heads.
 
     Raises
     ------
     ValueError
         Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
     """
-    if scaling.scheme == "yarn":
+    layers, _ = _parts(scaling, lm)
+    if layers.scheme == "yarn":
         raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
+    filed = gradient_key(probe, layers.scheme, layers.combine, numbers)
     if ledger is not None:
-        known = ledger.find_gradient(lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme, scaling.combine))
+        known = ledger.find_gradient(lm.fingerprint, scaling.key, filed)
         if known is not None:
             return known
     packed = pack(lm, probe, "a context")
     if not extrapolate:
         refuse_beyond_window(lm, packed.longest, scaling, "a context")
-    length = context_tokens(lm, probe) if scaling.scheme == DYNAMIC else None
+    length = context_tokens(lm, probe) if scaling.stretches_by_length else None
     device = lm.model.device
-    layout, layers = Layout([packed], device), reachable_decoder(lm.model).layers
-    change = torch.zeros(2, len(layers), device=device, requires_grad=True)  # of log factors and log temperatures
-    values = change.exp() * torch.tensor([scaling.factors, scaling.temperatures or (1.0,) * len(layers)], device=device)
+    layout, decoder_layers = Layout([packed], device), reachable_decoder(lm.model).layers
+    through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
+    now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
+    changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
+    now |= {name: change.exp() * now[name] for name, change in changes.items()}
+    of_layers = bool({*LAYER_NUMBERS} & {*numbers})
     with torch.enable_grad(), attending_by(lm, "lrs_packed"), PositionTables(lm.model, length=length) as tables:
         with torch.no_grad(), laid_out(layout):
             hidden, notes = entered(lm, layout)
-        for layer, given, factor, temperature in zip(layers, notes, *values, strict=True):
-            own = tables.differentiable(given["position_embeddings"], scaling, factor, temperature)
-            hidden = checkpoint(_layer_over, layout, layer, hidden, given, *own, use_reentrant=False)
-        at = layout.judged.to(hidden.device)
+        for at, (layer, given, setting) in enumerate(zip(decoder_layers, notes, scaling.settings, strict=True)):
+            if of_layers:
+                pair = (now[name][0, at] for name in LAYER_NUMBERS)
+                table = tables.differentiable(given["position_embeddings"], layers, *pair)
+            else:
+                table = tables(given["position_embeddings"], setting)
+            by = [v[None] if n in numbers or (v != 1).any() else None for n in HEAD_NUMBERS for v in [now[n][:, at]]]
+            hidden = through(_layer_over, layout, layer, hidden, given, *table, *by)
+        at_tokens = layout.judged.to(hidden.device)
         losses = [
-            checkpoint(_losses, lm, *part, use_reentrant=False)
-            for part in zip(*(torch.split(x, 256) for x in (hidden[0, at], layout.targets.to(at.device))), strict=True)
+            _computed_twice(_losses, lm, *part)
+            for part in zip(
+                *(torch.split(x, 256) for x in (hidden[0, at_tokens], layout.targets.to(hidden.device))), strict=True
+            )
         ]
-        owner = torch.as_tensor(packed.owner, device=at.device)
+        owner = torch.as_tensor(packed.owner, device=at_tokens.device)
         n_tokens = owner.bincount()
         nll = (torch.cat(losses) / n_tokens[owner]).sum() / len(n_tokens)
-        [gradient] = torch.autograd.grad(nll, [change])
+        gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
     if not gradient.isfinite().all():
         raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
     result = nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
     if ledger is not None:
-        result = ledger.record_gradient(
-            lm.fingerprint, scaling.key, gradient_key(probe, scaling.scheme, scaling.combine), *result
-        )
+        result = ledger.record_gradient(lm.fingerprint, scaling.key, filed, *result)
     return result
 
 
-def gradient_key(probe: Probe, scheme: str, combine: str = "multiply") -> str:
-    """What a context's gradient is filed under: by the way that factors enter too, which a key without factors leaves
-    out."""
+def gradient_key(probe: Probe, scheme: str, combine: str = "multiply", numbers: Sequence[str] = LAYER_NUMBERS) -> str:
+    """What a context's gradient is filed under: by what it is taken of, and by the way that factors enter, which a key
+    without factors leaves out."""
     scheme += " /" * (combine == "divide")
+    if tuple(numbers) != LAYER_NUMBERS:
+        scheme += " " + " ".join(numbers)
     return hashlib.sha256("|".join((scheme, *probe.keys)).encode()).hexdigest()[:16]
 
 
 class GradientSearch:
-    """Adam on the logs of factors and temperatures, one context of each suite a step (ours, not the paper's).
+    """Adam on the logs of numbers of layers or heads, one context of each suite a step (ours, not the paper's).
 
     `search` gives it candidates to judge: the scaling after every few steps, so the stopping point is chosen by
     whatever objective and suite the search is told, which may be other ones than are followed downhill here.
@@ -120,24 +177,29 @@ class GradientSearch:
     weights : sequence of float, optional
         Of the suites' nll in their sum; 1 each by default.
     vary : str
-        "factors", "temperatures" or "both".
-    start : LayerScaling, optional
+        What is learned, a name of `SPACES`: "factors", "temperatures" or "both" (of layers), "head_temperatures",
+        "head_gains" or "heads" (both), "outputs".
+    start : Scaling, optional
         No scaling by default. Its scheme (not "yarn") and extension are kept.
     steps : int
         The rate falls to 0 over them, as half a cosine.
     rate, temperature_rate : float
-        Adam's, of the logs of factors and of temperatures.
+        Adam's, of the logs; that of temperatures of layers by itself.
     bounds : (low, high), optional
         Of factors; by default only that the longest context fits into the window, with a tenth to spare (not with
         `extrapolate`).
     every : int
         Steps between candidates.
+    questions : int, optional
+        At most so many questions of a context in a step, drawn anew each time and spread over depth: a cheaper step.
     extrapolate : bool
         Allow contexts longer than the window.
     ledger : Ledger, optional
         Gradients found there are not computed again: a search that was killed goes on where it was.
     seed : int
         Of the order of contexts.
+    progress : Progress, optional
+        Advanced by `PRICE` for every context; without it each `ask` shows its own.
     """
 
     def __init__(
@@ -147,19 +209,22 @@ class GradientSearch:
         *,
         weights: Sequence[float] | None = None,
         vary: str = "both",
-        start: LayerScaling | None = None,
+        start: Scaling | None = None,
         steps: int = 60,
         rate: float = 0.02,
         temperature_rate: float = 0.02,
         bounds: tuple[float, float] | None = None,
         every: int = 10,
+        questions: int | None = None,
         extrapolate: bool = False,
         ledger: Ledger | None = None,
         seed: int = 0,
+        progress: Progress | None = None,
     ) -> None:
-        varied(vary)
-        for name, value in (("steps", steps), ("every", every)):
-            if value < 1:
+        if vary not in SPACES:
+            raise ValueError(f"vary is {vary!r}; choose one of {', '.join(SPACES)}")
+        for name, value in (("steps", steps), ("every", every), ("questions", questions)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if bounds is not None and not 0 < bounds[0] < bounds[1]:
             raise ValueError(f"bounds is {bounds}; factors need 0 < low < high")
@@ -168,72 +233,117 @@ class GradientSearch:
         if len(self._weights) != len(self._suites):
             raise ValueError(f"weights has {len(self._weights)} values for {len(self._suites)} suites")
         start = LayerScaling.identity(lm.num_layers) if start is None else start
-        if vary != "factors":  # families that can't have temperatures are refused by name
-            LayerScaling(start.factors, temperatures=(2.0,) * lm.num_layers).refuse_misfit(lm.model)
+        layers, _ = _parts(start, lm)
         if bounds is None:
             low = 0.0
             if not extrapolate:
                 longest = max(pack(lm, probe, "a context").longest for suite in self._suites for probe in suite.probes)
-                reach = replace(start, factors=(1.0,) * lm.num_layers).reach
+                reach = replace(layers, factors=(1.0,) * lm.num_layers).reach
                 low = 1.1 * longest / (lm.window * (reach if math.isfinite(reach) else 1.0))
-            bounds = min(max(low, 1e-3), *start.factors), math.inf
-        self._bounds, self._extrapolate = bounds, extrapolate
+            bounds = min(max(low, 1e-3), *layers.factors), math.inf
+        self._bounds, self._extrapolate, self._progress = bounds, extrapolate, progress
         self._lm, self._ledger, self._start, self._steps, self._every = lm, ledger, start, steps, every
-        values = torch.tensor([start.factors, start.temperatures or (1.0,) * lm.num_layers]).log()
-        self._logs = [row.requires_grad_() for row in values]
-        rates = [rate * (vary != "temperatures"), temperature_rate * (vary != "factors")]
-        groups = [{"params": [row], "lr": r} for row, r in zip(self._logs, rates, strict=True)]
+        self._values = numbers_of(start, lm)
+        self._numbers = tuple(name.removeprefix("=") for name in SPACES[vary])
+        if {*LAYER_NUMBERS} & {*self._numbers}:
+            self._numbers = LAYER_NUMBERS  # one gradient for all searches of layers
+        self._logs = {
+            name.removeprefix("="): torch.tensor(
+                self._values[name.removeprefix("=")][: 1 if name[0] == "=" else None], dtype=torch.float32
+            ).log().requires_grad_()
+            for name in SPACES[vary]
+        }  # fmt: skip
+        probed = {name: np.full_like(self._values[name], 2.0) for name in self._logs if name != "factors"}
+        if probed:  # families that can't have these numbers are refused by name
+            self._with(probed).refuse_misfit(lm.model)
+        rates = {"temperatures": temperature_rate}
+        groups = [{"params": [row], "lr": rates.get(name, rate)} for name, row in self._logs.items()]
         self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
         rng = np.random.default_rng(seed)
         self._order = [_orders(rng.spawn(1)[0], len(suite.probes)) for suite in self._suites]
+        self._questions, self._drawn = questions, rng.spawn(1)[0]
         self._begun = False
         self.nll: list[list[float]] = []  # of each step, suite by suite
-        self.gradients: list[NDArray[np.float64]] = []  # of each step, (2, layers), and where it was taken
-        self.visited: list[LayerScaling] = []
+        self.gradients: list[NDArray[np.float64]] = []  # of each step, (rows, layers), and where it was taken
+        self.visited: list[Scaling] = []
+        self.filed: list[str] = []  # keys of the gradients, as `gradient_key` makes them
 
     @property
     def answers(self) -> int:
         """What the steps so far cost, in answers scored."""
-        return PRICE * len(self.nll) * sum(len(suite.depths) for suite in self._suites)
+        asked = sum(min(suite.n_questions, self._questions or suite.n_questions) for suite in self._suites)
+        return PRICE * len(self.nll) * asked
 
     @property
-    def scaling(self) -> LayerScaling:
+    def scaling(self) -> Scaling:
         """Where the search is."""
-        values = [[round(value, 5) for value in row.exp().tolist()] for row in self._logs]
-        return replace(self._start, factors=tuple(values[0]), temperatures=tuple(values[1]))
+        rows = {name: self._values[name].shape for name in self._logs}
+        return self._with(
+            {
+                name: np.broadcast_to([[round(v, 5) for v in row] for row in logs.exp().tolist()], rows[name])
+                for name, logs in self._logs.items()
+            }
+        )
 
-    def ask(self) -> list[LayerScaling]:
+    def _with(self, changed: Mapping[str, NDArray[np.float64]]) -> Scaling:
+        """The start with some numbers changed."""
+        values, (layers, heads) = self._values | {**changed}, _parts(self._start, self._lm)
+        layers = replace(layers, factors=values["factors"][0], temperatures=values["temperatures"][0])
+        if heads is None and not {*HEAD_NUMBERS} & {*changed}:
+            return layers
+        of_heads = [values[name].T for name in ("head_temperatures", "head_gains")]
+        return HeadScaling(*of_heads, mlp_gains=values["mlp_gains"][0], layers=layers)
+
+    def ask(self) -> list[Scaling]:
         """The start, then where the next few steps lead."""
         if not self._begun:
             self._begun = True
             return [self._start]
         left = min(self._every, self._steps - len(self.nll))
-        with Progress(left, "gradient").entered() as bar:
+        bar = self._progress or Progress(left * len(self._suites) * PRICE, "gradient")
+        with bar.entered():
             for _ in range(left):
-                self._step()
-                nll = ", ".join(f"{value:.3f}" for value in self.nll[-1])
-                bar.advance(1, f"step {len(self.nll)} of {self._steps}, nll {nll}")
+                self._step(bar)
         return [self.scaling] if left else []
 
-    def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
+    def tell(self, candidates: Sequence[Scaling], fitness: Sequence[Fitness]) -> None:
         """The way downhill does not depend on it."""
 
-    def _step(self) -> None:
-        scaling, total, losses = self.scaling, np.zeros((2, self._lm.num_layers)), []
+    def _asking_some(self, probe: Probe) -> Probe:
+        if self._questions is None or len(probe.questions) <= self._questions:
+            return probe
+        by_depth = sorted(range(len(probe.questions)), key=lambda q: probe.questions[q].position)
+        some = [int(self._drawn.choice(part)) for part in np.array_split(by_depth, self._questions)]
+        return replace(probe, questions=tuple(probe.questions[q] for q in sorted(some)))
+
+    def _step(self, bar: Progress) -> None:
+        scaling, parts, losses = self.scaling, [], []
         for suite, weight, order in zip(self._suites, self._weights, self._order, strict=True):
-            probe = suite.probes[next(order)]
-            nll, gradient = nll_gradient(self._lm, probe, scaling, extrapolate=self._extrapolate, ledger=self._ledger)
+            probe = self._asking_some(suite.probes[next(order)])
+            nll, gradient = nll_gradient(
+                self._lm, probe, scaling, self._numbers, extrapolate=self._extrapolate, ledger=self._ledger
+            )
+            layers, _ = _parts(scaling, self._lm)
+            self.filed.append(gradient_key(probe, layers.scheme, layers.combine, self._numbers))
             losses.append(nll)
-            total += weight * gradient
-        for row, gradient in zip(self._logs, total, strict=True):
-            row.grad = torch.tensor(gradient, dtype=row.dtype)
+            parts.append(weight * gradient)
+            bar.advance(PRICE)
+        total = np.sum(parts, axis=0)
+        by_number = np.split(total, np.cumsum([len(self._values[name]) for name in self._numbers])[:-1])
+        for name, gradient in zip(self._numbers, by_number, strict=True):
+            if (logs := self._logs.get(name)) is not None:
+                tied = len(logs) < len(gradient)
+                logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if tied else gradient, dtype=logs.dtype)
         self._adam.step()
         self._cosine.step()
-        self._logs[0].data.clamp_(*map(math.log, self._bounds))
+        if "factors" in self._logs:
+            self._logs["factors"].data.clamp_(*map(math.log, self._bounds))
         self.visited.append(scaling)
         self.nll.append(losses)
         self.gradients.append(total)
+        shown = ", ".join(f"{value:.3f}" for value in losses)
+        bar.advance(0, f"step {len(self.nll)} of {self._steps}, nll {shown}")
 
 
 def _orders(rng: np.random.Generator, n: int) -> Iterator[int]:
@@ -241,10 +351,32 @@ def _orders(rng: np.random.Generator, n: int) -> Iterator[int]:
         yield from rng.permutation(n).tolist()
 
 
+def _kept(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)
+
+
+def _computed_twice(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _activation_bytes(lm: LM, n_tokens: int) -> int:
+    """About what a forward pass keeps for its gradient: measured on SmolLM2, 50 KB a token and layer in float32."""
+    config = lm.model.config.get_text_config()
+    numbers = 10 * config.hidden_size + 4 * config.intermediate_size
+    return int(n_tokens * lm.num_layers * numbers * lm.model.dtype.itemsize)
+
+
 def _layer_over(
-    layout: Layout, layer: nn.Module, hidden: Tensor, given: dict[str, Any], cos: Tensor, sin: Tensor
+    layout: Layout,
+    layer: nn.Module,
+    hidden: Tensor,
+    given: dict[str, Any],
+    cos: Tensor,
+    sin: Tensor,
+    *numbers: Tensor | None,
 ) -> Tensor:
-    with laid_out(layout):  # here, since the second computation may run in another thread
+    # here, since the second computation may run in another thread
+    with laid_out(layout), multiplied(layer, *numbers):
         return layer(hidden, **given | {"position_embeddings": (cos, sin)})  # type: ignore[no-any-return]
 
 

@@ -197,14 +197,18 @@ class Ledger:
             return int(self._db.execute("SELECT count(*) FROM outcomes").fetchone()[0])
 
     def export(
-        self, path: str | Path, candidates: Sequence[tuple[str, str]], questions: Sequence[str], about: str
+        self,
+        path: str | Path,
+        candidates: Sequence[tuple[str, str]] | None,
+        questions: Sequence[str] | None,
+        about: str,
     ) -> int:
         """Write outcomes as a small CSV (gzip) that can be committed; `load` reads it back.
 
         Parameters
         ----------
-        candidates : sequence of (model fingerprint, scaling key)
-        questions : sequence of str
+        candidates : sequence of (model fingerprint, scaling key), or None for all
+        questions : sequence of str, or None for all
             Question keys; what isn't measured is left out.
         about : str
             One line: the command and the versions that made them.
@@ -213,14 +217,18 @@ class Ledger:
         -------
         int : rows written
         """
-        wanted = set(questions)
+        if candidates is None:
+            with self._explained():
+                rows = self._db.execute("SELECT model, scaling FROM candidates ORDER BY model, scaling")
+                candidates = [(model, scaling) for model, scaling in rows]
+        wanted = None if questions is None else set(questions)
         outcomes: list[list[Any]] = []
         others: list[list[Any]] = []
         for model, scaling in dict.fromkeys(candidates):
             outcomes += (
                 [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
                 for question, (exact, nll) in sorted(self.find(model, scaling).items())
-                if question in wanted
+                if wanted is None or question in wanted
             )
             with self._explained():
                 found = self._db.execute(
@@ -236,9 +244,13 @@ class Ledger:
             others += (
                 [model, scaling, question, "", "", most, json.dumps(text)]  # without line breaks
                 for question, most, text in found
-                if question in wanted
+                if wanted is None or question in wanted
             )
-            others += ([model, scaling, q, "", repr(nll), "", text] for q, nll, text in gradients if q in wanted)
+            others += (
+                [model, scaling, q, "", repr(nll), "", text]
+                for q, nll, text in gradients
+                if wanted is None or q in wanted
+            )
         text = io.StringIO()
         text.write(f"# {about}\n")
         writer = csv.writer(text, lineterminator="\n")

@@ -40,15 +40,21 @@ def utilisation(
     Returns
     -------
     float array, shape (...)
+
+    Raises
+    ------
+    ValueError
+        Contexts that ask at different depths (depths of two dimensions), depths without 0 or 1, other weights.
     """
     w = _increasing(weights)
+    depths = _same_depths(depths)
     accuracy = np.asarray(exact, float).mean(axis=-2)
     return _weighted(accuracy[..., first_middle_last(depths)], w)
 
 
 def first_middle_last(depths: ArrayLike) -> list[int]:
     """Indices of the questions at depth 0, nearest to 0.5 and at 1."""
-    depths = np.asarray(depths, float)
+    depths = _same_depths(depths)
     if not (np.isin([0.0, 1.0], depths).all() and len(depths) >= 3):
         raise ValueError(f"U needs questions at depths 0, about 0.5 and 1; there are {np.round(depths, 3).tolist()}")
     # of an even number of items the earlier of the two middle ones: item (n-1)//2
@@ -71,8 +77,86 @@ def utilisation_over_depths(
     -------
     float array, shape (...)
     """
-    w = np.interp(np.asarray(depths, float), (0.0, 0.5, 1.0), _increasing(weights))
+    w = np.interp(_same_depths(depths), (0.0, 0.5, 1.0), _increasing(weights))
     return _weighted(np.asarray(exact, float).mean(axis=-2), w)
+
+
+def mean_over_questions(values: ArrayLike, depths: ArrayLike) -> NDArray[np.float64]:
+    """Each context's mean over the questions that it asks.
+
+    Parameters
+    ----------
+    values : array, shape (..., contexts, questions)
+        Verdicts or nll. What stands where nothing is asked doesn't count.
+    depths : float array, shape (questions,) or (contexts, questions)
+        A suite's: of two dimensions where contexts ask at different depths, nan where one has no such question.
+
+    Returns
+    -------
+    float array, shape (..., contexts)
+
+    Raises
+    ------
+    ValueError
+        The depths are of other questions than the values.
+    """
+    values, depths = _of_each_question(values, depths)
+    return _mean_where(~np.isnan(depths), values) if depths.ndim == 2 else values.mean(axis=-1)
+
+
+def by_fifth(exact: ArrayLike, depths: ArrayLike, n_bins: int = 5) -> NDArray[np.float64]:
+    """Each context's accuracy in fifths of depth: a curve over depth for contexts that ask at different depths.
+
+    Parameters
+    ----------
+    exact : bool array, shape (..., contexts, questions)
+    depths : float array, shape (questions,) or (contexts, questions)
+        As for `mean_over_questions`.
+    n_bins : int
+        Equal bins of depth: from 0 to before 1/n_bins, and so on; the last holds depth 1.
+
+    Returns
+    -------
+    float array, shape (..., contexts, n_bins)
+        nan where a context asks nothing in a bin. Drop those contexts before `bootstrap_mean` and `paired_test`.
+
+    Raises
+    ------
+    ValueError
+        No bins, or depths of other questions than the verdicts.
+    """
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}; give at least 1")
+    exact, depths = _of_each_question(exact, depths)
+    # 1e-9: 29 / 50 * 50 is a little below 29
+    bins = np.minimum(np.floor(depths * n_bins + 1e-9), n_bins - 1)
+    return np.stack([_mean_where(bins == number, exact) for number in range(n_bins)], axis=-1)
+
+
+def _of_each_question(values: ArrayLike, depths: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    values, depths = np.asarray(values, float), np.asarray(depths, float)
+    if depths.ndim not in (1, 2) or values.ndim < 2 or values.shape[-depths.ndim :] != depths.shape:
+        raise ValueError(
+            f"values of shape {values.shape} don't fit depths of shape {depths.shape}; give (..., contexts, questions) "
+            "and the depths of the same suite"
+        )
+    return values, depths
+
+
+def _mean_where(asked: NDArray[np.bool_], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the last axis of what is asked, nan where nothing is."""
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.asarray(np.where(asked, values, 0).sum(axis=-1) / asked.sum(axis=-1))
+
+
+def _same_depths(depths: ArrayLike) -> NDArray[np.float64]:
+    depths = np.asarray(depths, float)
+    if depths.ndim != 1:
+        raise ValueError(
+            f"depths has shape {depths.shape}: contexts ask at different depths. U needs contexts that all ask at the "
+            "same depths; take the mean accuracy (accuracy_then_nll) or the mean nll (mixture) instead"
+        )
+    return depths
 
 
 def _weighted(accuracy: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:

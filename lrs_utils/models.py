@@ -50,7 +50,7 @@ _TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-SMALL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "small-rope"
+SMALL_FOLDER = Path(__file__).resolve().parent / "data" / "small-rope"
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
         tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
     else:
         source = _checked_source(name)
-        with _no_progress_bars():
+        with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if name == EMBEDDED:
@@ -320,19 +320,20 @@ def _find_gguf(scratch: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """De-quantise to float32 and save as a plain Llama, which loads in a second instead of twenty."""
     print(f"converting {gguf.name} to safetensors (once, about half a minute)", file=sys.stderr)
-    with _no_progress_bars():
+    with no_progress_bars():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {k: v for k, v in loaded.config.to_dict().items() if k not in {"quantization_config", "_name_or_path"}}
     plain = type(loaded)(type(loaded.config)(**settings))
     plain.load_state_dict(loaded.state_dict())
-    with _no_progress_bars():
+    with no_progress_bars():
         plain.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Let transformers load and save without bars of its own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

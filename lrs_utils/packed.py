@@ -70,6 +70,12 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
                 f"the answer {question.answer!r} at position {question.position} in {where} merges with its prompt's "
                 "last token; choose an answer_prefix that ends at a token boundary"
             )
+        decoded = lm.tokenizer.decode(whole[len(prompt) :])
+        if lost := {c for c in question.answer if not c.isspace()} - {*decoded}:
+            raise ValueError(
+                f"the answer {question.answer!r:.60} at position {question.position} in {where} has characters that "
+                f"the tokenizer can't encode ({' '.join(sorted(lost))}); choose another answer"
+            )
     n = shared_prefix(prompts)
     ids, positions, branch = prompts[0][:n], list(range(n)), [0] * n
     judged: list[int] = []

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, text_row
 from lrs_utils.progress import Progress
-from lrs_utils.scaling import LayerScaling
+from lrs_utils.scaling import LayerScaling, Scaling
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def window_nll(
     stride: int = 256,
     n_windows: int | None = None,
     first_end: int | None = None,
-    scaling: LayerScaling | None = None,
+    scaling: Scaling | None = None,
     extrapolate: bool = False,
 ) -> NDArray[np.float64]:
     """How well a model predicts stretches of a text from so many tokens before them.

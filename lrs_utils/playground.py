@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils.bezier import BezierCurve
+from lrs_utils.factors import save_factors
 from lrs_utils.ledger import Ledger
 from lrs_utils.metrics import Interval, bootstrap_mean
 from lrs_utils.models import LM
 from lrs_utils.progress import Progress
 from lrs_utils.rope import SCHEMES
-from lrs_utils.scaling import LayerScaling, reachable_decoder, save_factors
+from lrs_utils.scaling import LayerScaling, reachable_decoder
 from lrs_utils.scoring import Kept, score
 from lrs_utils.tasks import Suite
 
@@ -267,7 +268,7 @@ class Playground:
                 for p, probe in enumerate(suite.probes)
                 if all(question in outcomes for question in probe.keys)
             }
-            if exact:
+            if exact and ";" not in key:  # numbers of heads are no curve
                 measured[key] = Measured(LayerScaling.from_key(key), exact)
         surrogate = _fitted(measured, suite)
         with self._lock:

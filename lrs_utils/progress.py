@@ -50,6 +50,10 @@ class Progress:
             self._last_line = time.monotonic()
             self._print()
 
+    def part(self, weight: float) -> "Progress":
+        """Progress of a part of the work, each unit of which is `weight` units of the whole."""
+        return _Part(self, weight)
+
     def _print(self) -> None:
         elapsed = time.monotonic() - self._began
         meter = tqdm.format_meter(self.done, self.total, elapsed, prefix=self.description, ncols=0)
@@ -65,6 +69,22 @@ class Progress:
                 from IPython.display import clear_output
 
                 clear_output()  # type: ignore[no-untyped-call]
+
+
+class _Part(Progress):
+    """Counts into another progress, which shows it."""
+
+    def __init__(self, whole: Progress, weight: float) -> None:
+        super().__init__(0, "")
+        self._whole, self._weight = whole, weight
+
+    @contextmanager
+    def entered(self) -> Iterator[Progress]:
+        with self._whole.entered():
+            yield self
+
+    def advance(self, units: int, note: str | None = None) -> None:
+        self._whole.advance(round(units * self._weight), note)
 
 
 def _in_kernel() -> bool:

@@ -33,9 +33,9 @@ from lrs_utils.files import write_whole
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import cache_folder
 from lrs_utils.progress import Progress
+from lrs_utils.repository import ROOT, profiles
 from lrs_utils.verify import AGAIN, VERIFY, sampled
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS_FOLDER = "LRS_RESULTS"  # the variable that says where results go
 _SHIPPED = ".outcomes.csv.gz"
 _IPYTHON_NAMES = {"In", "Out"}
@@ -70,7 +70,7 @@ class Run:
 
         So no committed file changes but by the plain `cpu` profile.
 
-        Below it `figures/`, `data/results/` and `data/factors/`.
+        Below it `figures/`, `data/results/` and `lrs_utils/data/factors/`, as in the repository.
         """
         if folder := os.environ.get(RESULTS_FOLDER):
             return Path(folder)
@@ -89,6 +89,12 @@ class Run:
     def path(self, relative: str) -> Path:
         """A file to write below `folder`, its parents made."""
         path = self.folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def scratch(self, name: str) -> Path:
+        """A place for what is never committed: below `folder`, or build/ where that is the repository."""
+        path = (ROOT / "build" / self.profile if self.folder == ROOT else self.folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -207,17 +213,18 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
         An unknown parameter or profile, or a value of the wrong type; names it and what is allowed.
     """
     declared = dict(namespace["__annotations__"])
-    profiles = {path.stem: path for path in sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))}
-    profile = namespace["profile"]
-    if profile not in profiles:
-        raise ValueError(f"profile is {profile!r}; choose one of {', '.join(profiles)}")
-    settings = yaml.safe_load(profiles[profile].read_text(encoding="utf-8"))
+    profile, files = namespace["profile"], profiles(ROOT)
+    if profile not in files:
+        raise ValueError(f"profile is {profile!r}; choose one of {', '.join(files)}")
+    settings = yaml.safe_load(files[profile].read_text(encoding="utf-8"))
     for name, value in namespace.items():
         plain = isinstance(value, bool | int | float | str | list | tuple | dict | NoneType)
         if "_begun" in namespace or name in declared or not plain or name.startswith("_") or name in _IPYTHON_NAMES:
             continue
         if name not in settings or settings[name] != value:  # `papermill -f profiles/x.yaml` brings all of a profile
             raise ValueError(f"{notebook} has no parameter {name!r}; it has {', '.join(declared)}")
+    settings |= settings.pop(f"notebook_{notebook[:2]}", {})  # what differs in this one
+    settings = {name: value for name, value in settings.items() if not name.startswith("notebook_")}
     namespace["_begun"] = True  # cells run again in this kernel: the notebook's own names are no parameters
     overridden = {}
     for name, kind in declared.items():
@@ -255,7 +262,7 @@ def revision() -> str:
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:
         return "unknown"
-    code = ["lrs_utils", "notebooks"]
+    code = ["lrs_utils", "notebooks", ":(exclude)lrs_utils/data"]  # found factors are results
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True, check=False)
     return found.stdout.strip() + ("" if clean.returncode == 0 else "+changes")
 

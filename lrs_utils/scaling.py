@@ -1,17 +1,17 @@
 """Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
 
 Knows how a layer's factor (and temperature) becomes that layer's cos/sin tables, by the formulas of `rope`, and how to
-hang those tables on an unmodified Hugging Face model. Where factors come from is `bezier` and `search`; what they are
-worth is `scoring` and `metrics`.
+hang those tables on an unmodified Hugging Face model. Numbers of heads are `heads`. Where numbers come from is `bezier`
+and `search`; what they are worth is `scoring` and `metrics`; their files are `factors`.
 """
 
 import copy
 import inspect
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -20,18 +20,25 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from lrs_utils.files import write_whole
 from lrs_utils.rope import COMBINATIONS, DYNAMIC, SCHEMES, layer_frequencies
 
 
 class Setting(NamedTuple):
-    """What one layer's cos and sin are made from (`rope.layer_frequencies`)."""
+    """A decoder layer's numbers: what cos and sin are made from (`rope.layer_frequencies`), and those of its heads."""
 
     factor: float = 1.0
     temperature: float = 1.0
     scheme: str = SCHEMES[0]
     extension: float = 1.0
     combine: str = COMBINATIONS[0]
+    head_temperatures: tuple[float, ...] = ()  # none: 1 for every head
+    head_gains: tuple[float, ...] = ()
+    mlp_gain: float = 1.0
+
+    @property
+    def positions(self) -> "Setting":
+        """What cos and sin depend on."""
+        return Setting(*self[:5])
 
 
 UNSCALED = Setting()
@@ -41,8 +48,53 @@ _COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
 
 
+class Scaling(ABC):
+    """Numbers that change what a model computes, with no weight changed: `LayerScaling`, `heads.HeadScaling`."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Canonical text of what this scaling computes: those that compute the same have the same."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> tuple[Setting, ...]:
+        """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
+
+    @property
+    @abstractmethod
+    def reach(self) -> float:
+        """Tokens that may be read, in windows."""
+
+    @abstractmethod
+    def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> AbstractContextManager[None]:
+        """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included."""
+
+    @abstractmethod
+    def refuse_misfit(self, model: PreTrainedModel) -> None:
+        """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
+
+    @abstractmethod
+    def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of a model whose weights hold the numbers, or a ValueError where that can't be exact."""
+
+    @abstractmethod
+    def at_dose(self, dose: float) -> "Scaling":
+        """The same numbers to the power of `dose`: 0 is no scaling, 1 this one."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Nothing is changed."""
+        return set(self.settings) == {UNSCALED}
+
+    @property
+    def stretches_by_length(self) -> bool:
+        """Frequencies depend on how much is read."""
+        return any(setting.scheme == DYNAMIC for setting in self.settings)
+
+
 @dataclass(frozen=True)
-class LayerScaling:
+class LayerScaling(Scaling):
     """One factor (and optionally one temperature) for each decoder layer.
 
     Layer l reads position m as m / s_l, for queries and keys alike, so relative distances shrink by s_l.
@@ -127,7 +179,7 @@ class LayerScaling:
     @property
     def key(self) -> str:
         """Canonical text of what this scaling computes: those that compute the same have the same."""
-        settings = self.layers
+        settings = self.settings
         divided = {setting.scheme for setting in settings if setting.combine == "divide"}
         if divided:
             [head], factors = divided, self.factors
@@ -150,7 +202,7 @@ class LayerScaling:
         return cls(values[0], scheme, values[1] if temperatures else None, **options)
 
     @property
-    def layers(self) -> tuple[Setting, ...]:
+    def settings(self) -> tuple[Setting, ...]:
         """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
         temperatures = self.temperatures or (1.0,) * len(self.factors)
         return tuple(map(self._setting, self.factors, temperatures))
@@ -210,9 +262,9 @@ class LayerScaling:
         with ExitStack() as stack:
             _scaled_decoders.add(decoder)
             stack.callback(_scaled_decoders.discard, decoder)
-            if set(self.layers) != {UNSCALED}:
+            if not self.is_identity:
                 tables = stack.enter_context(PositionTables(model, length=length))
-                for layer, setting in zip(decoder.layers, self.layers, strict=True):
+                for layer, setting in zip(decoder.layers, self.settings, strict=True):
                     if setting != UNSCALED:
                         tables.prepare(setting)
                         handle = layer.register_forward_pre_hook(replace_for(setting, tables), with_kwargs=True)
@@ -229,6 +281,36 @@ class LayerScaling:
             _refuse_partial_rotary(model)
         if decoder in _scaled_decoders:
             raise ValueError(f"{model_name(model)} is already scaled; leave the other `applied_to` block first")
+
+    def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of a model whose weights hold the temperatures; factors act on cos and sin, which no weight holds.
+
+        Raises
+        ------
+        ValueError
+            A factor or an extension that changes anything; temperatures where `HeadScaling.fold_into` refuses them.
+        """
+        from lrs_utils.heads import HeadScaling  # which builds on this module
+
+        changed = [at for at, setting in enumerate(self.settings) if setting._replace(temperature=1.0) != UNSCALED]
+        if changed:
+            raise ValueError(
+                f"the factor of layer {changed[0]} changes cos and sin, which no weight of {model_name(model)} holds; "
+                "use `applied_to`, or a scaling of head gains or temperatures"
+            )
+        self.refuse_misfit(model)
+        if 0 in (getattr(model.config.get_text_config(), "no_rope_layers", None) or ()) and self.temperatures:
+            raise ValueError(f"{model_name(model)} has layers without positions, where a layer's temperature is idle")
+        heads = model.config.get_text_config().num_attention_heads
+        return HeadScaling([[t] * heads for t in self.temperatures or (1.0,) * len(self.factors)]).fold_into(model)
+
+    def at_dose(self, dose: float) -> "LayerScaling":
+        """Factors and temperatures to the power of `dose`: 0 is no scaling, 1 this one."""
+        return replace(
+            self,
+            factors=tuple(float(round(f**dose, 5)) for f in self.factors),
+            temperatures=None if self.temperatures is None else tuple(round(t**dose, 5) for t in self.temperatures),
+        )
 
 
 class PositionTables:
@@ -287,6 +369,7 @@ class PositionTables:
                 "so the layer's factor would have been ignored"
             )
         args, kwargs, tables = self._calls[given[0]]
+        setting = setting.positions
         if setting == UNSCALED:
             return given  # type: ignore[no-any-return]
         if setting not in tables:
@@ -338,53 +421,6 @@ def model_name(model: PreTrainedModel) -> str:
     """What to call the model in a message: its hub id or folder name, else its class."""
     path = getattr(model.config, "_name_or_path", "")
     return Path(path).name or type(model).__name__
-
-
-def save_factors(path: str | Path, scaling: LayerScaling, **provenance: Any) -> None:
-    """Write a scaling and where it came from as versioned JSON; the file appears whole or not at all.
-
-    `provenance` is any JSON value by name: model, fingerprint, suite, seeds, versions, command, and `held_out`
-    (accuracy and its interval on contexts the search never saw).
-    """
-    reserved = _FILE_KEYS & provenance.keys()
-    if reserved:
-        raise ValueError(f"provenance may not be called {', '.join(sorted(reserved))}: the file format uses that name")
-    temperatures = None if scaling.temperatures is None else list(scaling.temperatures)
-    head = {"format": _FORMAT, "version": _VERSION, "scheme": scaling.scheme}
-    if (scaling.extension, scaling.combine) != (1.0, COMBINATIONS[0]):
-        head |= {"extension": scaling.extension, "combine": scaling.combine}
-    content = head | {"factors": list(scaling.factors), "temperatures": temperatures} | provenance
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_whole(path, f"{text}\n")
-
-
-def load_factors(path: str | Path) -> LayerScaling:
-    """Read a scaling from a factor file.
-
-    Raises
-    ------
-    ValueError
-        Not a factor file, a newer version, or a field that is missing or not valid; names file and field.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a factor file: {error}") from error
-    if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
-        raise ValueError(f'{path} is not a factor file: it lacks "format": "{_FORMAT}"')
-    if content.get("version") != _VERSION:
-        raise ValueError(f"{path} has version {content.get('version')!r}; this lrs_utils reads version {_VERSION}")
-    try:
-        extended = {name: content[name] for name in ("extension", "combine") if name in content}
-        return LayerScaling(content["factors"], content["scheme"], content.get("temperatures"), **extended)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the field {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-_FORMAT, _VERSION = "lrs-factors", 1
-_FILE_KEYS = {"format", "version", "scheme", "factors", "temperatures", "extension", "combine"}
 
 
 def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -441,7 +477,7 @@ def _refuse_partial_rotary(model: PreTrainedModel) -> None:
 
 def _scaled_rotary(rotary: nn.Module, setting: Setting, window: int, length: int, *, name: str) -> nn.Module:
     """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
-    factor, temperature, scheme, extension, combine = setting
+    factor, temperature, scheme, extension, combine = setting[:5]
     scaled = copy.deepcopy(rotary)
     found = {buffer: values for buffer, values in scaled.named_buffers(recurse=False) if buffer.endswith("inv_freq")}
     gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]

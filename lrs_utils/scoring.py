@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lrs_utils.heads import multiplied, products
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by, load_lm
 from lrs_utils.packed import Layout, Packed, laid_out, pack, shared_prefix
 from lrs_utils.progress import Progress
-from lrs_utils.rope import DYNAMIC
-from lrs_utils.scaling import UNSCALED, LayerScaling, PositionTables, Setting, reachable_decoder
+from lrs_utils.scaling import UNSCALED, PositionTables, Scaling, Setting, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
 
 _TASK_CANDIDATES = 4  # of one batch of contexts in a task for an executor: enough tasks for many workers
@@ -43,10 +43,11 @@ class Outcomes:
     Attributes
     ----------
     exact : bool array
-        Greedy decoding would emit exactly the answer.
+        Greedy decoding would emit exactly the answer; False where a context has fewer questions than others.
     nll : float array
-        Mean negative log-likelihood of the answer's tokens, in nats.
-    depths : float array, shape (questions,)
+        Mean negative log-likelihood of the answer's tokens, in nats; nan where a context has fewer questions.
+    depths : float array, shape (questions,), or (contexts, questions) where they differ
+        As `Suite.depths`.
     recomputed : int
         Outcomes that the model was run for; the others were found in the ledger.
     layers_run, layers_alone : int
@@ -102,7 +103,7 @@ class Kept:
 def score(
     lm: LM,
     suite: Suite,
-    scalings: Sequence[LayerScaling],
+    scalings: Sequence[Scaling],
     *,
     ledger: Ledger | None = None,
     extrapolate: bool = False,
@@ -115,7 +116,7 @@ def score(
 
     Parameters
     ----------
-    scalings : sequence of LayerScaling, length candidates
+    scalings : sequence of LayerScaling or HeadScaling, length candidates
     ledger : Ledger, optional
         Outcomes found there are not measured again; those measured are written as soon as they are known.
     extrapolate : bool
@@ -144,10 +145,11 @@ def score(
         raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
     for scaling in scalings:
         scaling.refuse_misfit(lm.model)
-    dynamic = any(scaling.scheme == DYNAMIC for scaling in scalings)
+    dynamic = any(scaling.stretches_by_length for scaling in scalings)
     kept = Kept(max_bytes=0) if kept is None else kept
-    shape = (len(scalings), len(suite.probes), len(suite.depths))
-    exact, nll, missing = np.zeros(shape, bool), np.zeros(shape), np.ones(shape, bool)
+    shape = (len(scalings), *suite.asked.shape)
+    missing = np.broadcast_to(suite.asked, shape).copy()
+    exact, nll = np.zeros(shape, bool), np.where(missing, 0.0, np.nan)
     if ledger is not None:
         for c, scaling in enumerate(scalings):
             found = ledger.find(lm.fingerprint, scaling.key)
@@ -187,7 +189,7 @@ def score(
                 batch = next_batch(unasked, batch_tokens or _CPU_BATCH_TOKENS)
                 unasked[np.ix_(batch.candidates, batch.contexts)] = False
                 # neighbours in the trie stay together
-                ordered = sorted(batch.candidates, key=lambda c: scalings[c].layers)
+                ordered = sorted(batch.candidates, key=lambda c: scalings[c].settings)
                 parts = (ordered[i : i + _TASK_CANDIDATES] for i in range(0, len(ordered), _TASK_CANDIDATES))
                 batches += [replace(batch, candidates=part) for part in parts]
             options = {"extrapolate": extrapolate, "batch_tokens": batch_tokens}
@@ -207,7 +209,7 @@ def score(
                 while missing.any():
                     batch = next_batch(missing, room.tokens)
                     tables.length = context_tokens(lm, suite.probes[batch.contexts[0]]) if dynamic else None
-                    walk = _Walk(lm, batch, [scaling.layers for scaling in scalings], tables, kept)
+                    walk = _Walk(lm, batch, [scaling.settings for scaling in scalings], tables, kept)
                     with room.watched(batch):
                         for c, *rows in walk.outcomes(max(1, room.tokens // batch.n_tokens)):
                             known(batch, c, *rows)
@@ -219,7 +221,7 @@ def scored_elsewhere(
     load: tuple[str, str, str],
     fingerprint: str,
     suite: Suite,
-    scalings: Sequence[LayerScaling],
+    scalings: Sequence[Scaling],
     options: Mapping[str, Any],
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], int]:
     """`score` in a worker process, which loads the model once: exact and nll (candidates, contexts, questions)."""
@@ -243,8 +245,8 @@ def _loaded(name: str, dtype: str, device: str) -> LM:
 
 
 def _task(
-    lm: LM, suite: Suite, scalings: Sequence[LayerScaling], batch: "_Batch"
-) -> tuple[tuple[str, str, str], str, Suite, list[LayerScaling]]:
+    lm: LM, suite: Suite, scalings: Sequence[Scaling], batch: "_Batch"
+) -> tuple[tuple[str, str, str], str, Suite, list[Scaling]]:
     """What `scored_elsewhere` needs to measure a batch."""
     probes = [
         replace(probe, questions=tuple(probe.questions[q] for q in batch.asked))
@@ -258,7 +260,7 @@ def _task(
 def generate_answers(
     lm: LM,
     suite: Suite,
-    scaling: LayerScaling,
+    scaling: Scaling,
     *,
     max_new_tokens: int = 100,
     ledger: Ledger | None = None,
@@ -287,7 +289,7 @@ def generate_answers(
                 if not extrapolate:
                     longest = max(map(len, prompts)) + max_new_tokens
                     refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
-                length = context_tokens(lm, probe) if scaling.scheme == DYNAMIC else None
+                length = context_tokens(lm, probe) if scaling.stretches_by_length else None
                 with scaling.applied_to(lm.model, length=length):
                     texts = _decoded_together(lm, prompts, max_new_tokens)
                 keys = [probe.keys[q] for q in missing]
@@ -373,7 +375,7 @@ def context_tokens(lm: LM, probe: Probe) -> int:
     return len(lm.tokenizer(probe.context + continued)["input_ids"])
 
 
-def refuse_beyond_window(lm: LM, length: int, scaling: LayerScaling, where: str) -> None:
+def refuse_beyond_window(lm: LM, length: int, scaling: Scaling, where: str) -> None:
     """Raise the ValueError of a prompt that is longer than the window after scaling."""
     # layer l sees positions up to length / s_l, so the smallest factor decides
     limit = lm.window * scaling.reach
@@ -491,10 +493,11 @@ class _Walk:
             }
             tables = [tuple(torch.cat(part, dim=1) for part in zip(*tables, strict=True))]  # type: ignore[list-item]
         self.layers_run += len(children) * len(self._batch.packs)
-        with laid_out(self._layout):
-            output = self._layers[index](hidden, **given | {"position_embeddings": tables[0]})
+        layer, numbers = self._layers[index], products([setting for _, setting in children], n, self._lm.model)
+        with laid_out(self._layout), multiplied(layer, *numbers):
+            output = layer(hidden, **given | {"position_embeddings": tables[0]})
         if not isinstance(output, Tensor):
-            raise ValueError(f"{type(self._layers[index]).__name__} gives more than a tensor, which `score` would lose")
+            raise ValueError(f"{type(layer).__name__} gives more than a tensor, which `score` would lose")
         return output
 
     def _judged(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:

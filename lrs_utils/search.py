@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from lrs_utils.gradient import GradientSearch
 from lrs_utils.ledger import Ledger
-from lrs_utils.metrics import chance_of_catching_up, utilisation, utilisation_over_depths
+from lrs_utils.metrics import (
+    by_fifth,
+    chance_of_catching_up,
+    mean_over_questions,
+    utilisation,
+    utilisation_over_depths,
+)
 from lrs_utils.models import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling
@@ -66,13 +72,20 @@ def utilisation_over_depths_then_nll(outcomes: Outcomes) -> list[Fitness]:
 
 
 def accuracy_then_nll(outcomes: Outcomes) -> list[Fitness]:
-    """Mean accuracy over all depths asked; ties as above."""
-    return _then_nll(outcomes.exact.mean(axis=(1, 2)), outcomes)
+    """Mean accuracy over all depths asked, each context counting once; ties as above."""
+    return _then_nll(_mean(outcomes.exact, outcomes.depths), outcomes)
 
 
 def worst_depth_then_nll(outcomes: Outcomes) -> list[Fitness]:
-    """Accuracy at the depth where it is lowest; ties as above."""
-    return _then_nll(outcomes.exact.mean(axis=1).min(axis=1), outcomes)
+    """Accuracy at the depth where it is lowest; ties as above.
+
+    Where contexts ask at different depths: in the fifth of depth where it is lowest, of those that any context asks in.
+    """
+    if outcomes.depths.ndim == 1:
+        return _then_nll(outcomes.exact.mean(axis=1).min(axis=1), outcomes)
+    fifths = by_fifth(outcomes.exact, outcomes.depths)
+    asked = ~np.isnan(fifths).all(axis=(0, 1))
+    return _then_nll(np.nanmean(fifths[..., asked], axis=1).min(axis=1), outcomes)
 
 
 def mixture(*weights: float) -> Objective:
@@ -84,14 +97,22 @@ def mixture(*weights: float) -> Objective:
     def fitness(*outcomes: Outcomes) -> list[Fitness]:
         if len(outcomes) != len(weights):
             raise ValueError(f"mixture has {len(weights)} weights for {len(outcomes)} suites")
-        parts = [weight * o.nll.mean(axis=(1, 2)) for weight, o in zip(weights, outcomes, strict=True)]
-        return [(-float(value),) for value in sum(parts)]
+        parts = [weight * _mean(o.nll, o.depths) for weight, o in zip(weights, outcomes, strict=True)]
+        return [(-float(value),) for value in np.asarray(sum(parts))]
 
     return fitness
 
 
 def _then_nll(first: NDArray[np.float64], outcomes: Outcomes) -> list[Fitness]:
-    return list(zip(first.tolist(), (-outcomes.nll.mean(axis=(1, 2))).tolist(), strict=True))
+    return list(zip(first.tolist(), (-_mean(outcomes.nll, outcomes.depths)).tolist(), strict=True))
+
+
+def _mean(values: NDArray[np.bool_] | NDArray[np.float64], depths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over what is asked, each context counting once: (candidates, contexts, questions) -> (candidates,)."""
+    if depths.ndim == 1:
+        # in one step: a mean of means differs in the last bit, and searches must replay
+        return np.asarray(values.mean(axis=(1, 2)))
+    return np.asarray(mean_over_questions(values, depths).mean(axis=1))
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 `python -m lrs_utils.small` makes it: a tokenizer and a Llama of a million weights, window 256, from Shakespeare and
 from the retrieval tasks in small, which it is taught (a model of this size would not read them otherwise), on documents
-that grow to the window (on long ones alone it does not learn to look up in this time). It ships in data/small-rope with
-its losses; `load_lm("small-rope")` reads it.
+that grow to the window (on long ones alone it does not learn to look up in this time). It ships with its losses in
+lrs_utils/data/small-rope; `load_lm("small-rope")` reads it.
 """
 
 import re

@@ -11,6 +11,10 @@ FIGURE = (
     "import os, pathlib\nout = pathlib.Path(os.environ['LRS_RESULTS']) / 'figures'\n"
     "out.mkdir(exist_ok=True)\n(out / f'01_{profile}.svg').write_text(f'<svg>{n}</svg>')"
 )
+FACTORS = (
+    "found = out.parent / 'lrs_utils' / 'data' / 'factors' / 'm' / 'ga.json'\n"
+    "found.parent.mkdir(parents=True, exist_ok=True)\nfound.write_text('{}')"
+)
 
 
 def notebook(folder, name, *cells):
@@ -29,7 +33,7 @@ def collection(tmp_path, monkeypatch):
     (tmp_path / "figures").mkdir()
     (tmp_path / "notebooks" / "profiles" / "smoke.yaml").write_text("profile: smoke\nseed: 7\n")
     (tmp_path / "figures" / "01_smoke.svg").write_text("<svg>2</svg>")
-    notebook(tmp_path / "notebooks", "01_draws", FIGURE)
+    notebook(tmp_path / "notebooks", "01_draws", FIGURE, FACTORS)
     notebook(tmp_path / "notebooks", "02_fails", "x = 1", "raise ValueError('no such thing')")
     notebook(tmp_path / "notebooks", "03_prints", "print('a long step: 40% 4/10 [00:01<00:02, 3it/s] note')")
     monkeypatch.setattr(batch, "ROOT", tmp_path)
@@ -51,7 +55,7 @@ def test_a_failing_notebook_stops_nothing_and_is_told(collection, capfd, monkeyp
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["profile"] == {"profile": "smoke", "seed": 7}
     assert manifest["command"].endswith("--profile smoke -p n=2")
-    assert list(manifest["sha256"]) == ["figures/01_smoke.svg"]
+    assert list(manifest["sha256"]) == ["figures/01_smoke.svg", "lrs_utils/data/factors/m/ga.json"]
     index = (folder / "index.html").read_text()
     assert '<a href="02_fails.html">' in index
     assert "the same" in index
@@ -72,9 +76,10 @@ def test_resuming_skips_what_finished_with_the_same_parameters_and_code(collecti
     printed = capfd.readouterr().out
     assert "01_draws: done" in printed
     assert "02_fails: finished before, skipped" in printed
-    (collection / "lrs_utils" / "new.py").write_text("# new")
-    assert main(["--profile", "smoke", "--resume", "--only", "03"]) == 0
-    assert "03_prints: done" in capfd.readouterr().out
+    for name, content in (("new.py", b"# new"), ("found.json", b"{}"), ("weights.safetensors", b"\xff")):
+        (collection / "lrs_utils" / name).write_bytes(content)
+        assert main(["--profile", "smoke", "--resume", "--only", "03"]) == 0
+        assert "03_prints: done" in capfd.readouterr().out
     manifest = json.loads((collection / "build" / "runs" / "smoke" / "manifest.json").read_text())
     assert [done["notebook"] for done in manifest["notebooks"]] == ["01_draws", "02_fails", "03_prints"], (
         "none forgotten"

@@ -3,12 +3,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lrs_utils import GradientSearch, LayerScaling, Ledger, gradient, load_lm, score, search, tasks
-from lrs_utils.gradient import nll_gradient
+from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, gradient, load_lm, score, search, tasks
+from lrs_utils.gradient import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, nll_gradient, numbers_of
 from lrs_utils.packed import pack
 from lrs_utils.search import mixture
 
@@ -32,6 +33,78 @@ def test_the_gradient_is_the_slope_of_what_score_measures(lm, scheme):
     slopes = np.diff(score(lm, suite, sides).nll.mean(axis=(1, 2)).reshape(2, 2, 2)[..., ::-1])[..., 0] / (2 * h)
     np.testing.assert_allclose(gradient, slopes, atol=0.05 * np.abs(slopes).max() + 1e-3)
     assert np.abs(gradient).max() > 1e-3
+
+
+HEADS = HeadScaling(
+    [[0.7, 1.0, 1.4, 1.2], [1.3, 0.8, 1.0, 0.6]],
+    [[1.3, 0.7, 1.0, 1.8], [0.9, 1.6, 0.5, 1.1]],
+    mlp_gains=[0.8, 1.2],
+    layers=LayerScaling((1.2, 0.9), "ntk", (0.9, 1.1)),
+)
+
+
+def with_numbers(values):
+    """The scaling of what `numbers_of` gives."""
+    layers = LayerScaling(values["factors"][0], "ntk", values["temperatures"][0])
+    heads = (values[name].T for name in ("head_temperatures", "head_gains"))
+    return HeadScaling(*heads, mlp_gains=values["mlp_gains"][0], layers=layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # without and with a norm of queries
+@pytest.mark.parametrize("name", [*HEAD_NUMBERS, "factors"])
+def test_the_gradient_by_numbers_of_heads_is_the_slope_of_what_score_measures(family, name):
+    lm = load_lm(f"tiny-{family}", dtype="float64", device="cpu")
+    suite = tasks.kv_retrieval(2, 1, keys="short")
+    values = numbers_of(HEADS, lm)
+    assert with_numbers(values) == HEADS
+    nll, gradient = nll_gradient(lm, suite.probes[0], HEADS, [name])
+    assert nll == pytest.approx(score(lm, suite, [HEADS]).nll.mean(), abs=1e-5)
+    assert gradient.shape == values[name].shape == (4 if name.startswith("head") else 1, 2)
+    h = 2e-4 if name == "factors" else 5e-3  # of a log
+    sides = []
+    for index in np.ndindex(values[name].shape):
+        for sign in (h, -h):
+            moved = values[name].copy()
+            moved[index] *= np.exp(sign)
+            sides.append(with_numbers(values | {name: moved}))
+    up, down = score(lm, suite, sides).nll.mean(axis=(1, 2)).reshape(-1, 2).T
+    slopes = ((up - down) / (2 * h)).reshape(gradient.shape)
+    np.testing.assert_allclose(gradient, slopes, atol=0.01 * np.abs(slopes).max() + 2e-4)
+    assert np.abs(gradient).max() > 1e-3
+
+
+def test_several_numbers_are_differentiated_at_once_as_each_alone(tiny):
+    names = ["mlp_gains", "factors", "head_gains", "head_temperatures"]
+    together = nll_gradient(tiny, SUITE.probes[0], HEADS, names)
+    alone = [nll_gradient(tiny, SUITE.probes[0], HEADS, [name]) for name in names]
+    assert together[1].shape == (10, 2)
+    np.testing.assert_allclose(together[1], np.concatenate([gradient for _, gradient in alone]), rtol=1e-3, atol=1e-5)
+    assert {nll for nll, _ in alone} == {together[0]}
+
+
+@pytest.mark.parametrize("start", [LayerScaling((1.2, 0.9), "pi", (1.3, 0.8)), HEADS], ids=["layers", "heads"])
+def test_the_gradient_by_a_layers_temperature_is_the_sum_over_its_heads(lm, start):
+    _, of_layers = nll_gradient(lm, SUITE.probes[0], start, ["temperatures"])
+    _, of_heads = nll_gradient(lm, SUITE.probes[0], start, ["head_temperatures"])
+    if "smollm3" in lm.name:  # its second layer reads no cos and sin, which carry the layer's
+        assert of_layers[0, 1] == 0
+        of_layers, of_heads = of_layers[:, :1], of_heads[:, :1]
+    np.testing.assert_allclose(of_heads.sum(axis=0), of_layers[0], rtol=1e-3, atol=1e-4)
+    assert np.abs(of_layers).max() > 1e-3
+
+
+@pytest.mark.parametrize("numbers", [LAYER_NUMBERS, HEAD_NUMBERS])
+def test_activations_that_are_kept_or_computed_twice_give_the_same(lm, monkeypatch, numbers):
+    calls = []
+    twice = gradient._computed_twice
+    monkeypatch.setattr(gradient, "_computed_twice", lambda *args: calls.append(args[0]) or twice(*args))
+    kept = nll_gradient(lm, SUITE.probes[0], HEADS, numbers)
+    assert gradient._layer_over not in calls
+    monkeypatch.setattr(gradient, "_KEPT_BYTES", 0)
+    computed = nll_gradient(lm, SUITE.probes[0], HEADS, numbers)
+    assert calls.count(gradient._layer_over) == 2
+    assert computed[0] == kept[0]
+    np.testing.assert_allclose(computed[1], kept[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("scheme", "combine"), [("ntk", "divide"), ("dynamic_ntk", "multiply"), ("pi", "multiply")])
@@ -115,6 +188,136 @@ def test_what_is_not_varied_stays(tiny):
     only_temperatures = descended(tiny, vary="temperatures")[1].candidates[-1]
     assert set(only_temperatures.factors) == {1.0}
     assert only_temperatures.temperatures is not None
+
+
+def numbers_changed(scaling, start, lm):
+    before, after = numbers_of(start, lm), numbers_of(scaling, lm)
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("vary", SPACES)
+@pytest.mark.parametrize("start", [None, HEADS], ids=["no scaling", "scaled"])
+def test_a_space_is_searched_downhill_and_nothing_else_moves(tiny, vary, start):
+    if vary == "outputs" and start is not None:
+        start = replace(start, gains=[[1.3] * 4, [0.9] * 4])
+
+    def ended():
+        searcher = GradientSearch(
+            tiny, SUITE, start=start, vary=vary, steps=12, rate=0.05, temperature_rate=0.05, every=12
+        )
+        first, [last] = searcher.ask()[0], searcher.ask()
+        assert searcher.ask() == []
+        return first, last, searcher
+
+    first, last, searcher = ended()
+    names = {name.removeprefix("=") for name in SPACES[vary]}
+    assert numbers_changed(last, first, tiny) == names
+    assert first == (LayerScaling.identity(2) if start is None else start)
+    before, after = score(tiny, SUITE, [first, last]).nll.mean(axis=(1, 2))
+    assert after < before - 0.003
+    again = ended()
+    assert again[1].key == last.key
+    assert again[2].nll == searcher.nll
+    if vary == "outputs":
+        assert all(len(set(row)) == 1 for row in last.gains), "one number for the heads of a layer"
+    else:
+        values = numbers_of(last, tiny)
+        assert all(len(np.unique(values[name])) == values[name].size for name in names & {"head_gains"})
+
+
+@pytest.mark.parametrize("vary", SPACES)
+def test_a_search_begins_at_its_start(tiny, vary):
+    searcher = GradientSearch(tiny, SUITE, start=HEADS, vary=vary, steps=2)
+    assert searcher.scaling.key == HEADS.key
+
+
+def test_another_seed_takes_contexts_in_another_order(tiny):
+    suite, orders = tasks.kv_retrieval(2, 8, keys="short"), []
+    for seed in (0, 0, 1):
+        searcher = GradientSearch(tiny, suite, vary="head_gains", steps=4, every=4, seed=seed)
+        searcher.ask(), searcher.ask()
+        orders.append(searcher.nll)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_step_asks_some_questions_spread_over_depth(tiny, monkeypatch):
+    suite, few = tasks.kv_retrieval(9, 4, keys="short"), tasks.kv_retrieval(2, 4, keys="short")
+    asked = []
+
+    def noted(lm, probe, *_, **__):
+        asked.append(probe)
+        return 1.0, np.zeros((4, 2))
+
+    monkeypatch.setattr(gradient, "nll_gradient", noted)
+    searcher = GradientSearch(tiny, [suite, few], vary="head_gains", steps=30, every=30, questions=3)
+    searcher.ask(), searcher.ask()
+    positions = [[q.position for q in probe.questions] for probe in asked[::2]]
+    assert all([p // 3 for p in some] == [0, 1, 2] for some in positions), "one of each third of the depths"
+    assert {p for some in positions for p in some} == set(range(9))
+    assert all(len(probe.questions) == 2 for probe in asked[1::2])  # no more than there are
+    assert searcher.answers == gradient.PRICE * 30 * (3 + 2)
+    whole = {probe.context: probe for probe in suite.probes}
+    assert all({*probe.questions} < {*whole[probe.context].questions} for probe in asked[::2])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="questions is 0; it must be at least 1"):
+        GradientSearch(tiny, suite, questions=0)
+
+
+def test_a_search_of_heads_that_was_interrupted_goes_on_from_the_ledger(tmp_path, monkeypatch):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    calls, computed = [], gradient.nll_gradient
+    lm.model.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def ended(ledger):
+        searcher = GradientSearch(lm, SUITE, vary="heads", steps=9, every=4, rate=0.05, questions=1, ledger=ledger)
+        candidates = []
+        while asked := searcher.ask():
+            candidates += asked
+        return [c.key for c in candidates], searcher.nll, [g.tolist() for g in searcher.gradients]
+
+    undisturbed = ended(Ledger(tmp_path / "undisturbed.sqlite"))
+    each, rest = divmod(len(calls), 9)  # forward passes of a gradient
+    assert (each > 0, rest) == (True, 0)
+    ledger, steps = Ledger(tmp_path / "killed.sqlite"), []
+
+    def killed(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return computed(*args, **kwargs)
+
+    monkeypatch.setattr(gradient, "nll_gradient", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ended(ledger)
+    calls.clear()
+    assert ended(ledger) == undisturbed
+    assert len(calls) == 4 * each  # the five steps before were known
+    calls.clear()
+    assert ended(ledger) == undisturbed
+    assert calls == []
+
+
+def test_gradients_by_other_numbers_are_filed_apart(tiny, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for _ in range(2):  # the second time from the ledger
+        for names in (LAYER_NUMBERS, ("temperatures",), ("head_gains",), ("head_temperatures",), HEAD_NUMBERS):
+            shape = (sum(4 if name.startswith("head") else 1 for name in names), 2)
+            filed = nll_gradient(tiny, SUITE.probes[0], HEADS, names, ledger=ledger)[1]
+            assert filed.shape == shape
+            np.testing.assert_allclose(
+                filed, nll_gradient(tiny, SUITE.probes[0], HEADS, names)[1], rtol=1e-3, atol=1e-6
+            )
+
+
+def test_a_family_without_the_projections_is_refused_by_name_before_a_step():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    del lm.model.model.layers[1].self_attn.q_proj
+    for vary in ("heads", "head_temperatures"):
+        with pytest.raises(ValueError, match="LlamaDecoderLayer has no q_proj"):
+            GradientSearch(lm, SUITE, vary=vary)
+    GradientSearch(lm, SUITE, vary="head_gains")
+    with pytest.raises(ValueError, match="numbers for 3 layers but tiny-llama has 2"):
+        nll_gradient(lm, SUITE.probes[0], HeadScaling(gains=np.full((3, 4), 2.0)))
 
 
 def test_a_mixture_follows_the_weighted_sum(tiny):

@@ -6,9 +6,11 @@ from scipy import stats
 from lrs_utils.metrics import (
     UTILISATION_WEIGHTS,
     bootstrap_mean,
+    by_fifth,
     chance_of_catching_up,
     first_middle_last,
     holm,
+    mean_over_questions,
     paired_changes,
     paired_test,
     rank_correlation,
@@ -45,6 +47,72 @@ def test_bad_weights_and_depths_are_refused():
         utilisation(np.ones((1, 3)), [0, 0.5, 1], weights=(0.5, 0.3, 0.2))
     with pytest.raises(ValueError, match=r"U needs questions at depths 0, about 0\.5 and 1"):
         utilisation(np.ones((1, 3)), [0, 0.5, 0.9])
+
+
+def test_utilisation_is_refused_where_contexts_ask_at_different_depths():
+    depths = [[0, 0.5, 1], [0, 1, np.nan]]
+    for worth in (utilisation, utilisation_over_depths):
+        with pytest.raises(ValueError, match=r"shape \(2, 3\).*U needs contexts that all ask at the same depths"):
+            worth(np.ones((2, 3)), depths)
+    with pytest.raises(ValueError, match="U needs contexts that all ask at the same depths"):
+        first_middle_last(depths)
+
+
+NAN = np.nan
+# three contexts with three, one and two questions; two candidates
+DEPTHS = np.array([[0.0, 0.5, 1.0], [0.19, NAN, NAN], [0.55, 0.2, NAN]])
+EXACT = np.array([[[1, 0, 1], [0, 0, 0], [1, 0, 0]], [[0, 0, 0], [1, 0, 0], [1, 1, 0]]], bool)
+NLL = np.array([[[1, 2, 6], [5, NAN, NAN], [3, 4, NAN]], [[0, 1, 2], [3, NAN, NAN], [4, 4, NAN]]])
+
+
+def test_a_context_s_mean_is_over_the_questions_that_it_asks():
+    np.testing.assert_allclose(mean_over_questions(NLL, DEPTHS), [[3, 5, 3.5], [1, 3, 4]])
+    np.testing.assert_allclose(mean_over_questions(EXACT, DEPTHS), [[2 / 3, 0, 0.5], [0, 1, 1]])
+    np.testing.assert_allclose(mean_over_questions(NLL[0], DEPTHS), [3, 5, 3.5])
+    same = np.random.default_rng(0).random((2, 3, 4))
+    assert mean_over_questions(same, [0, 0.2, 0.6, 1]).tolist() == same.mean(axis=2).tolist()
+    np.testing.assert_allclose(mean_over_questions(same, np.random.default_rng(1).random((3, 4))), same.mean(axis=2))
+
+
+def test_fifths_of_depth_hold_what_each_context_asks_in_them():
+    # by hand: 0 and 0.19 lie in the first fifth, 0.2 in the second, 0.5 and 0.55 in the third, 1 in the last
+    by_hand = [
+        [[1, NAN, 0, NAN, 1], [0, NAN, NAN, NAN, NAN], [NAN, 0, 1, NAN, NAN]],
+        [[0, NAN, 0, NAN, 0], [1, NAN, NAN, NAN, NAN], [NAN, 1, 1, NAN, NAN]],
+    ]
+    np.testing.assert_array_equal(by_fifth(EXACT, DEPTHS), by_hand)
+    np.testing.assert_array_equal(by_fifth(EXACT[1], DEPTHS), by_hand[1])
+    halves = [[[1, 0.5], [0, NAN], [0, 1]], [[0, 0], [1, NAN], [1, 1]]]
+    np.testing.assert_array_equal(by_fifth(EXACT, DEPTHS, 2), halves)
+
+
+def test_a_curve_over_fifths_is_the_mean_of_the_contexts_that_ask_there():
+    fifths = by_fifth(EXACT[0], DEPTHS)
+    begin = fifths[:, 0]
+    assert bootstrap_mean(begin[~np.isnan(begin)]) == (0.5, 0, 1)  # callers drop contexts that ask nothing there
+    np.testing.assert_array_equal(np.nanmean(fifths[:, [0, 1, 2, 4]], axis=0), [0.5, 0, 0.5, 1])
+
+
+def test_fifths_of_common_depths_are_means_of_the_questions_in_them():
+    exact = np.random.default_rng(0).random((3, 7, 10)) < 0.5
+    fifths = by_fifth(exact, np.arange(10) / 9)
+    np.testing.assert_allclose(fifths, exact.reshape(3, 7, 5, 2).mean(axis=-1))
+    for n_bins in range(1, 60):  # a depth at a bin's begin belongs to it, however it is rounded
+        begins = np.arange(n_bins + 1) / n_bins
+        one_each = by_fifth(np.eye(n_bins + 1)[:, None], begins, n_bins)[:, 0]
+        assert one_each[: n_bins - 1].argmax(axis=1).tolist() == list(range(n_bins - 1))
+        assert one_each[-1].tolist() == [0] * (n_bins - 1) + [0.5]
+
+
+def test_values_of_other_questions_than_the_depths_are_refused():
+    for worth in (mean_over_questions, by_fifth):
+        for depths in (DEPTHS[:2], [0, 1], 0.5):
+            with pytest.raises(ValueError, match=r"values of shape \(2, 3, 3\) don't fit depths of shape"):
+                worth(EXACT, depths)
+        with pytest.raises(ValueError, match="don't fit"):
+            worth([True, False], [0, 1])
+    with pytest.raises(ValueError, match="n_bins is 0; give at least 1"):
+        by_fifth(EXACT, DEPTHS, 0)
 
 
 def test_the_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():

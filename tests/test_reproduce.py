@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 from functools import partial
 from typing import Optional
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lrs_utils import Ledger
-from lrs_utils.reproduce import ROOT, begin, printed_summary, versions
+from lrs_utils.reproduce import ROOT, begin, printed_summary, revision, versions
 
 
 def namespace(**changes):
@@ -173,6 +174,30 @@ def test_shipped_outcomes_are_found_like_measured_ones(tmp_path, monkeypatch):
     ledger = begin("y", names).ledger
     assert isinstance(ledger, Ledger)
     assert ledger.find("m", "s") == {"q": (True, 0.5)}
+
+
+def test_code_differs_from_its_commit_by_code_and_not_by_the_factors_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
+    assert revision() == "unknown"
+    code, found = tmp_path / "lrs_utils" / "a.py", tmp_path / "lrs_utils" / "data" / "factors" / "m" / "ga.json"
+    found.parent.mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    code.write_text("# one")
+    found.write_text("{}")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], [*author, "commit", "--quiet", "-m", "a"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    found.write_text('{"factors": [1]}')
+    committed = revision()
+    assert "+" not in committed
+    code.write_text("# two")
+    assert revision() == f"{committed}+changes"
+
+
+def test_what_is_no_clone_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no notebooks/profiles: notebooks and tools run from a clone"):
+        begin("x", namespace())
 
 
 def test_the_printed_summary_is_that_of_the_tagged_cells(tmp_path):

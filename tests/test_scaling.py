@@ -112,9 +112,9 @@ def test_two_ways_to_put_layer_factors_on_an_extension(scheme, ids):
     # divided: the extension alone, then positions further apart
     extended = LayerScaling.uniform(1, 2, scheme, extension=2.0)
     with PositionTables(model, length=70) as tables:
-        divided = LayerScaling((1.3, 0.9), scheme, extension=2.0, combine="divide").layers
+        divided = LayerScaling((1.3, 0.9), scheme, extension=2.0, combine="divide").settings
         for setting, factor in zip(divided, (1.3, 0.9), strict=True):
-            own, base = tables.prepare(setting, 70), tables.prepare(extended.layers[0], 70)
+            own, base = tables.prepare(setting, 70), tables.prepare(extended.settings[0], 70)
             torch.testing.assert_close(own.inv_freq * factor, base.inv_freq)
             assert own.attention_scaling == base.attention_scaling, "YaRN's gain is the extension's"
 
@@ -143,13 +143,13 @@ def test_a_key_names_an_extension_and_only_what_differs():
     assert dynamic.key == "dynamic_ntk|2.0,3.0"
     for scaling in (extended, dynamic, LayerScaling((1.2, 1.0), extension=2), replace(dynamic, combine="divide")):
         again = LayerScaling.from_key(scaling.key)
-        assert (again.key, again.layers) == (scaling.key, scaling.layers)
+        assert (again.key, again.settings) == (scaling.key, scaling.settings)
     assert LayerScaling((1.5, 1.0), "ntk", combine="divide").key == LayerScaling((1.5, 1.0)).key
     assert LayerScaling((1.5, 1.0), extension=2, combine="divide").key == LayerScaling((3, 2)).key
     for scheme in ("pi", "ntk", "yarn", "dynamic_ntk"):
         uniform = [LayerScaling.uniform(1, 2, scheme, extension=2, combine=c) for c in ("multiply", "divide")]
         assert uniform[0].key == uniform[1].key
-        assert uniform[0].layers == uniform[1].layers
+        assert uniform[0].settings == uniform[1].settings
     assert LayerScaling((0.5, 0.5), "ntk", extension=2).key == LayerScaling.identity(2).key
     assert LayerScaling((1.0, 1.0), "dynamic_ntk").key != LayerScaling.identity(2).key
     assert LayerScaling((1.0, 1.0), extension=np.int64(2)).extension == 2.0
@@ -176,7 +176,7 @@ def test_schemes_differ_only_where_a_factor_does(ids):
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
     assert LayerScaling((1.0, 1.0), "ntk").key == LayerScaling.identity(2).key
     assert LayerScaling((1.0, 1.2), "ntk").key != LayerScaling((1.0, 1.2)).key
-    assert LayerScaling((1.0, 1.2), "ntk").layers[0] == LayerScaling((1.0, 1.2)).layers[0]
+    assert LayerScaling((1.0, 1.2), "ntk").settings[0] == LayerScaling((1.0, 1.2)).settings[0]
     with LayerScaling((1.0, 1.0), "yarn").applied_to(lm.model):
         assert torch.equal(logits(lm.model, ids), logits(load_lm("tiny-llama", dtype="float32").model, ids))
 

@@ -12,7 +12,14 @@ import pytest
 import yaml
 
 from lrs_utils import GeneticSearch, LayerScaling, Ledger, scoring, search, tasks
-from lrs_utils.search import utilisation_over_depths_then_nll, utilisation_then_nll
+from lrs_utils.scoring import Outcomes
+from lrs_utils.search import (
+    accuracy_then_nll,
+    mixture,
+    utilisation_over_depths_then_nll,
+    utilisation_then_nll,
+    worst_depth_then_nll,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,6 +132,40 @@ def test_ties_in_u_are_decided_by_nll(tiny):
     (u0, n0), (u1, n1) = utilisation_then_nll(outcomes)
     assert u0 == u1 == 0
     np.testing.assert_allclose([n0, n1], -outcomes.nll.mean(axis=(1, 2)))
+
+
+def outcomes_of(exact, nll, depths):
+    return Outcomes(np.array(exact, bool), np.array(nll, float), np.array(depths, float), 0)
+
+
+def test_objectives_of_contexts_that_ask_at_the_same_depths_are_means_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    exact, nll = rng.random((50, 16, 7)) < 0.4, rng.random((50, 16, 7)) * 3
+    outcomes = outcomes_of(exact, nll, np.arange(7) / 6)
+    of_nll = (-nll.mean(axis=(1, 2))).tolist()
+    accuracy, worst = exact.mean(axis=(1, 2)).tolist(), exact.mean(axis=1).min(axis=1).tolist()
+    assert accuracy_then_nll(outcomes) == list(zip(accuracy, of_nll, strict=True))
+    assert worst_depth_then_nll(outcomes) == list(zip(worst, of_nll, strict=True))
+    assert [second for _, second in utilisation_then_nll(outcomes)] == of_nll
+    assert mixture(1)(outcomes) == [(value,) for value in of_nll]
+    two = -(1 * nll.mean(axis=(1, 2)) + 0.3 * nll.mean(axis=(1, 2)))
+    assert mixture(1, 0.3)(outcomes, outcomes) == [(value,) for value in two.tolist()]
+
+
+def test_objectives_of_contexts_that_ask_differently_are_means_of_contexts_means():
+    nan = np.nan
+    outcomes = outcomes_of(
+        [[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [1, 0, 0]]],
+        [[[1, 2, 6], [5, nan, nan]], [[0, 1, 2], [3, nan, nan]]],
+        [[0, 0.5, 1], [0.1, nan, nan]],
+    )
+    # by hand: mean nll (3 + 5) / 2 and (1 + 3) / 2; the first candidate is wrong on all that is asked near 0.5
+    assert accuracy_then_nll(outcomes) == [(pytest.approx(1 / 3), -4), (1, -2)]
+    assert worst_depth_then_nll(outcomes) == [(0, -4), (1, -2)]
+    assert mixture(0.5)(outcomes) == [(-2,), (-1,)]
+    for objective in (utilisation_then_nll, utilisation_over_depths_then_nll):
+        with pytest.raises(ValueError, match="U needs contexts that all ask at the same depths"):
+            objective(outcomes)
 
 
 def test_the_budget_cuts_the_last_generation_and_the_ledger_makes_a_second_run_free(tiny, tmp_path):
@@ -271,7 +312,7 @@ def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
     settings = yaml.safe_load((ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text())
     ledger, half = Ledger(tmp_path / "l.sqlite"), settings["population"] // 2
     ledger.load(ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
-    factors = json.loads((ROOT / "data" / "factors" / "smollm2-135m-ga.json").read_text())
+    factors = json.loads((ROOT / "lrs_utils" / "data" / "factors" / "smollm2-135m" / "ga.json").read_text())
     lm = replace(smollm2, fingerprint=factors["fingerprint"])
     n = settings["n_pairs"]
     positions = None if over_depths else tasks.positions_at(n, (0, 0.5, 1))

@@ -122,11 +122,72 @@ def test_bad_input_is_refused():
         kv_retrieval(2, -1)
     with pytest.raises(ValueError, match=r"position 5 is outside the 5 pairs \(0 to 4\)"):
         kv_retrieval(5, positions=[0, 5])
-    with pytest.raises(ValueError, match="no questions"):
+    with pytest.raises(ValueError, match="no contexts or no questions"):
         kv_retrieval(5, positions=[])
-    probes = tuple(Probe("c", (Question("q", "", "a", position),), 3) for position in (0, 1))
-    with pytest.raises(ValueError, match="context 1 asks at depths"):
-        Suite("mixed", probes)
+
+
+def asked_at(context, *positions, n_items=5):
+    return Probe(context, tuple(Question(f"{position}?", "", "a", position) for position in positions), n_items)
+
+
+def test_contexts_that_ask_at_the_same_depths_have_one_row_of_depths():
+    suite = Suite("same", (asked_at("a", 4, 0), asked_at("b", 8, 0, n_items=9)))
+    assert suite.depths.tolist() == [1, 0]
+    assert suite.asked.tolist() == [[True, True], [True, True]]
+    assert suite.n_questions == 2
+
+
+def test_contexts_that_ask_at_different_depths_have_a_row_each():
+    suite = Suite("other", (asked_at("a", 0, 4), asked_at("b", 4, 0)))
+    assert suite.depths.tolist() == [[0, 1], [1, 0]]
+    assert suite.asked.all()
+
+
+def test_where_a_context_has_fewer_questions_depths_are_nan_and_nothing_is_asked():
+    suite = Suite("ragged", (asked_at("a", 1), asked_at("b", 0, 2, 4), asked_at("c", 3, 1, n_items=4)))
+    nan = np.nan
+    np.testing.assert_array_equal(suite.depths, [[0.25, nan, nan], [0, 0.5, 1], [1, 1 / 3, nan]])
+    assert suite.asked.tolist() == [[True, False, False], [True, True, True], [True, True, False]]
+    assert suite.asked.dtype == bool
+    assert suite.n_questions == 3
+    np.testing.assert_array_equal(suite.asked, ~np.isnan(suite.depths))
+
+
+def test_a_suite_needs_contexts_and_each_a_question():
+    with pytest.raises(ValueError, match="suite none has no contexts or no questions; give at least one of each"):
+        Suite("none", ())
+    with pytest.raises(ValueError, match="suite mute: context 1 has no questions; ask one or leave it out"):
+        Suite("mute", (asked_at("a", 1), asked_at("b")))
+
+
+def test_parts_share_no_context_and_repeat_from_their_seed():
+    suite = kv_retrieval(3, 10, keys="short")
+    parts = suite.parts(5, 3, 1, seed=4)
+    assert [len(part.probes) for part in parts] == [5, 3, 1]
+    assert len({probe.context for part in parts for probe in part.probes}) == 9
+    assert [part.name for part in parts] == ["kv-short-3-part-0", "kv-short-3-part-1", "kv-short-3-part-2"]
+    for part in parts:
+        assert part.probes == tuple(suite.probes[index] for index in part.recipe["contexts"])
+        assert part.recipe.items() > suite.recipe.items()
+    [again] = parts[0].parts(2, seed=1)
+    assert again.probes == tuple(suite.probes[index] for index in again.recipe["contexts"])
+    assert suite.parts(5, 3, 1, seed=4) == parts
+    assert suite.parts(5, 3, 1, seed=5) != parts
+    assert suite.parts(5, seed=4) == parts[:1]
+    assert suite.parts(5, 5, seed=4)[1].probes[:3] == parts[1].probes
+
+
+def test_parts_that_can_not_be_are_refused():
+    suite = kv_retrieval(3, 10, keys="short")
+    with pytest.raises(ValueError, match=r"kv-short-3 has 10 contexts, parts of \[8, 3\] need 11; add contexts or ask"):
+        suite.parts(8, 3, seed=0)
+    with pytest.raises(ValueError, match=r"parts of \[8, 0\] contexts; give the number of each part, at least 1"):
+        suite.parts(8, 0, seed=0)
+    with pytest.raises(ValueError, match=r"parts of \[\] contexts"):
+        suite.parts(seed=0)
+    twice = Suite("twice", (asked_at("a", 1), asked_at("b", 0), asked_at("c", 1), asked_at("b", 1)))
+    with pytest.raises(ValueError, match=r"suite twice: contexts 1 and 3 have the same text .* the questions of both"):
+        twice.parts(1, seed=0)
 
 
 def gold_of(suite):

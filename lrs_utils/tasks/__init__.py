@@ -9,15 +9,18 @@ from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
 from lrs_utils.tasks.long_text import continuations, long_texts
 from lrs_utils.tasks.mdqa import capitals, mdqa, mdqa_gold_moved
+from lrs_utils.tasks.own import SHOP, from_jsonl
 from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite, positions_at
 
 __all__ = [
+    "SHOP",
     "Probe",
     "Question",
     "Suite",
     "capitals",
     "continuations",
+    "from_jsonl",
     "in_chat",
     "kv_gold_moved",
     "kv_official",

@@ -122,6 +122,8 @@ def _refuse_other(path: Path, sha256: str) -> None:
 def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of a JSON-lines file (.jsonl or .jsonl.gz), each with where it stands, for messages.
 
+    Blank lines are passed over, and a byte order mark as some editors write it.
+
     Parameters
     ----------
     fields : mapping of field to type
@@ -143,15 +145,18 @@ def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[s
                 return
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} breaks off after line {number}: {error}; fetch it again") from error
+            if not line.strip():
+                continue
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(line.decode("utf-8-sig").strip())
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8: {error}") from error
+                raise ValueError(f"{where} is not UTF-8: {error}; save the file as UTF-8") from error
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
+                reason = f"{error.msg} at character {error.pos + 1}"
+                raise ValueError(f"{where} is not JSON: {reason}; each line must be one whole JSON object") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{where} is no JSON object")
+                raise ValueError(f"{where} is no JSON object; each line must be one, {{...}}")
             for field, kind in fields.items():
                 if field not in record:
                     raise ValueError(f"{where} has no field {field!r}")

@@ -61,12 +61,21 @@ class Probe:
 
 @dataclass(frozen=True)
 class Suite:
-    """Probes that all ask at the same depths.
+    """Probes: contexts with their questions, at the same depths in each or not, and as many in each or not.
+
+    Arrays over a suite have a column for each question of the context that has most. Where a context has fewer, `asked`
+    is False, a depth is nan, and so is the nll of an outcome.
 
     Attributes
     ----------
     recipe : mapping
-        The call that makes this suite again: `kv_retrieval(**recipe)`, say. `in_chat` adds "prompt_style".
+        The call that makes this suite again: `kv_retrieval(**recipe)`, say. `in_chat` adds "prompt_style", `parts`
+        which "contexts" were taken.
+
+    Raises
+    ------
+    ValueError
+        There is no context, or one without a question.
     """
 
     name: str
@@ -74,19 +83,67 @@ class Suite:
     recipe: Mapping[str, Any] = field(compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.probes or not self.probes[0].questions:
-            raise ValueError(f"suite {self.name} has no contexts or no questions")
+        if not any(probe.questions for probe in self.probes):
+            raise ValueError(f"suite {self.name} has no contexts or no questions; give at least one of each")
         for index, probe in enumerate(self.probes):
-            if _depths(probe) != _depths(self.probes[0]):
-                raise ValueError(
-                    f"suite {self.name}: context {index} asks at depths {_depths(probe)}, "
-                    f"context 0 at {_depths(self.probes[0])}; all contexts must ask at the same depths"
-                )
+            if not probe.questions:
+                raise ValueError(f"suite {self.name}: context {index} has no questions; ask one or leave it out")
+
+    @property
+    def n_questions(self) -> int:
+        """Questions of the context that has most."""
+        return max(len(probe.questions) for probe in self.probes)
+
+    @property
+    def asked(self) -> NDArray[np.bool_]:
+        """Whether a context has that question, shape (contexts, questions)."""
+        counts = [len(probe.questions) for probe in self.probes]
+        return np.arange(self.n_questions) < np.array(counts)[:, None]
 
     @property
     def depths(self) -> NDArray[np.float64]:
-        """Depth of each question, position / (n_items - 1), shape (questions,): 0 is the begin, 1 the end."""
-        return np.array(_depths(self.probes[0]))
+        """Depth of each question, position / (n_items - 1): 0 is the begin, 1 the end.
+
+        Shape (questions,) where all contexts ask at the same depths, in the same order. Otherwise (contexts,
+        questions), nan where a context has no such question.
+        """
+        rows = [_depths(probe) for probe in self.probes]
+        if all(row == rows[0] for row in rows):
+            return np.array(rows[0])
+        depths = np.full((len(rows), self.n_questions), np.nan)
+        depths[self.asked] = np.concatenate(rows)
+        return depths
+
+    def parts(self, *counts: int, seed: int) -> list["Suite"]:
+        """Suites of so many contexts each that share none, drawn by `seed`: to search, to choose and to judge on.
+
+        Raises
+        ------
+        ValueError
+            Too few contexts, a part of none, or two contexts of the same text, which could stand in two parts.
+        """
+        if min(counts, default=0) < 1:
+            raise ValueError(f"parts of {list(counts)} contexts; give the number of each part, at least 1")
+        if sum(counts) > len(self.probes):
+            raise ValueError(
+                f"suite {self.name} has {len(self.probes)} contexts, parts of {list(counts)} need {sum(counts)}; add "
+                "contexts or ask for fewer"
+            )
+        first: dict[str, int] = {}
+        for index, probe in enumerate(self.probes):
+            if (earlier := first.setdefault(probe.context, index)) != index:
+                raise ValueError(
+                    f"suite {self.name}: contexts {earlier} and {index} have the same text and could stand in two "
+                    "parts; make them one context with the questions of both"
+                )
+        order = np.random.default_rng(seed).permutation(len(self.probes)).tolist()
+        whole = self.recipe.get("contexts", range(len(self.probes)))  # of a part's own parts: as in the whole suite
+        parts = []
+        for number, count in enumerate(counts):
+            taken, order = order[:count], order[count:]
+            recipe = {**self.recipe, "contexts": [whole[index] for index in taken]}
+            parts.append(Suite(f"{self.name}-part-{number}", tuple(self.probes[index] for index in taken), recipe))
+        return parts
 
     @property
     def fingerprint(self) -> str:

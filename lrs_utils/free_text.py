@@ -1,0 +1,106 @@
+"""What a scaled model writes when nobody asks it anything: text that goes on from plain openings, and how it repeats.
+
+Perplexity doesn't see everything: gains that keep it can still make greedy text turn in circles (CHOICES.md).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from lrs_utils.ledger import Ledger
+from lrs_utils.models import LM
+from lrs_utils.scaling import Scaling
+
+OPENINGS = (
+    "The old lighthouse keeper climbed the stairs every evening, and",
+    "To repair a bicycle tyre, you first need to",
+    "The meeting began at nine o'clock. The chairman said that",
+    "Water boils when its temperature reaches",
+    "My grandmother kept a garden behind the house, where she",
+    "In the early years of the railway, most people",
+    "The main difference between a frog and a toad is",
+    "She opened the letter slowly and read the first line:",
+)
+_NEAR = 3  # tokens before: a token that stands among them is a near repeat
+
+
+def continue_freely(
+    lm: LM, scaling: Scaling, *, n_tokens: int = 64, n_samples: int = 1, seed: int = 0, ledger: Ledger | None = None
+) -> NDArray[np.int64]:
+    """Tokens that a model puts after each opening: greedily, then `n_samples` times drawn from its distribution.
+
+    Decoding is by our own settings, whatever the model's generation config says: no penalty, no top-k or top-p, and no
+    end of text, so that all continuations are of the same length.
+
+    Returns
+    -------
+    int array, shape (openings, 1 + n_samples, n_tokens)
+    """
+    asked = keys(seed, n_samples)
+    found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, n_tokens)
+    if not all(key in found for key in asked):
+        tokens = _continued(lm, scaling, n_tokens, n_samples, seed).reshape(len(asked), n_tokens)
+        texts = [" ".join(map(str, row)) for row in tokens.tolist()]
+        if ledger is not None:
+            texts = ledger.record_texts(lm.fingerprint, scaling.key, n_tokens, asked, texts)
+        found = dict(zip(asked, texts, strict=True))
+    rows = [[int(token) for token in found[key].split()] for key in asked]
+    return np.array(rows).reshape(len(OPENINGS), 1 + n_samples, n_tokens)
+
+
+def keys(seed: int = 0, n_samples: int = 1) -> list[str]:
+    """What continuations are filed under in a ledger, openings in turn."""
+    return [f"free text {seed} {number} {opening}" for opening in OPENINGS for number in range(1 + n_samples)]
+
+
+def near_repeats(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of tokens that stand among the three before them; shape (..., tokens) -> (...)."""
+    back = [tokens[..., _NEAR:] == tokens[..., _NEAR - k : -k] for k in range(1, _NEAR + 1)]
+    return np.asarray(np.any(back, axis=0).mean(axis=-1))
+
+
+def distinct_trigrams(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of the runs of three tokens that are different; shape (..., tokens) -> (...)."""
+    flat = tokens.reshape(-1, tokens.shape[-1]).tolist()
+    shares = [len(set(zip(row, row[1:], row[2:], strict=False))) / (len(row) - 2) for row in flat]
+    return np.array(shares).reshape(tokens.shape[:-1])
+
+
+@torch.inference_mode()
+def _continued(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: int) -> NDArray[np.int64]:
+    prompts: Sequence[list[int]] = [lm.tokenizer(opening)["input_ids"] for opening in OPENINGS]
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
+    longest = max(map(len, prompts))
+    device = lm.model.device
+    ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    rows = []
+    with scaling.applied_to(lm.model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for number in range(1 + n_samples):
+            torch.manual_seed(
+                seed + (max(number - 1, 0) << 32)
+            )  # one each: a sample doesn't hang on how many there are
+            drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if number else {}
+            settings = GenerationConfig(  # type: ignore[no-untyped-call]
+                max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=pad,
+                eos_token_id=lm.tokenizer.eos_token_id, use_cache=True, **drawn,
+            )  # fmt: skip
+            with _no_settings_of_its_own(lm):
+                tokens = lm.model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+            rows.append(tokens[:, longest:])
+    return np.asarray(torch.stack(rows, dim=1).cpu().numpy())
+
+
+@contextmanager
+def _no_settings_of_its_own(lm: LM) -> Iterator[None]:
+    """`generate` takes what is not set from the model's generation config: a penalty that ships with it, say."""
+    before = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        lm.model.generation_config = before
