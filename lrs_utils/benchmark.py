@@ -113,7 +113,7 @@ def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling]
         for group in [scalings] if together else [[s] for s in scalings]:
             score(lm, suite, group, extrapolate=True, progress=bar)
 
-    answers = len(scalings) * len(suite.probes) * len(suite.depths)
+    answers = len(scalings) * int(suite.asked.sum())
     work = len(scalings) * (one * share + judged)
     return Work(line, suite.probes[0].n_items, answers, work, run, len(scalings) * len(suite.probes), 1 - share)
 

@@ -81,9 +81,8 @@ def _continued(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: in
     rows = []
     with scaling.applied_to(lm.model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for number in range(1 + n_samples):
-            torch.manual_seed(
-                seed + (max(number - 1, 0) << 32)
-            )  # one each: a sample doesn't hang on how many there are
+            # each its own, so that a sample doesn't hang on how many there are
+            torch.manual_seed(seed if number < 2 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
             drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if number else {}
             settings = GenerationConfig(  # type: ignore[no-untyped-call]
                 max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=pad,

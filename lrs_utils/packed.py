@@ -70,7 +70,7 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
                 f"the answer {question.answer!r} at position {question.position} in {where} merges with its prompt's "
                 "last token; choose an answer_prefix that ends at a token boundary"
             )
-        decoded = lm.tokenizer.decode(whole[len(prompt) :])
+        decoded = lm.tokenizer.decode(whole[len(prompt) :]) if question.prompt else question.answer  # a text goes on
         if lost := {c for c in question.answer if not c.isspace()} - {*decoded}:
             raise ValueError(
                 f"the answer {question.answer!r:.60} at position {question.position} in {where} has characters that "

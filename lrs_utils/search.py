@@ -203,11 +203,13 @@ def search(
             raise ValueError(f"{type(searcher).__name__} has no rival to race against; leave racing out")
         if len(suites) > 1:
             raise ValueError(f"there are {len(suites)} suites; racing needs a single one")
+        if suites[0].depths.ndim == 2:
+            raise ValueError(f"contexts of {suites[0].name} ask at different depths; leave racing out")
         if len(suites[0].probes) < 4:
             raise ValueError(f"suite {suites[0].name} has {len(suites[0].probes)} contexts; racing needs at least 4")
     result, kept, number, spent = SearchResult(), Kept(), 0, 0
     worth: dict[LayerScaling, NDArray[np.float64]] = {}  # context by context, of candidates that saw them all
-    n_contexts, n_answers = sum(len(s.probes) for s in suites), sum(len(s.probes) * len(s.depths) for s in suites)
+    n_contexts, n_answers = sum(len(s.probes) for s in suites), sum(int(s.asked.sum()) for s in suites)
     with Progress(budget * n_contexts, "search").entered() as bar:
 
         def measured(candidates: Sequence[LayerScaling], first: int = 0, end: int | None = None) -> list[Outcomes]:

