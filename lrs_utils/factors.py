@@ -21,8 +21,7 @@ _RESERVED = {"format", "version", *_LAYER_KEYS, *_HEAD_KEYS}
 def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
     """Write a scaling and where it came from as versioned JSON; the file appears whole or not at all.
 
-    `provenance` is any JSON value by name: model, fingerprint, suite, seeds, versions, command, and `held_out`
-    (accuracy and its interval on contexts the search never saw).
+    `provenance` is any JSON value by name: model, fingerprint, settings, versions, command, what was measured.
     """
     reserved = _RESERVED & provenance.keys()
     if reserved:
@@ -44,7 +43,7 @@ def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
 
 
 def load_factors(path: str | Path) -> Scaling:
-    """Read a scaling from a factor file, or one that ships by its name: "smollm2-135m/general".
+    """Read a scaling from a factor file, or one that ships by its name: "smollm2-135m/ga".
 
     Raises
     ------

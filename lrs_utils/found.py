@@ -22,6 +22,11 @@ from lrs_utils.scoring import Outcomes
 from lrs_utils.tasks import Suite
 
 FIFTHS = ("first fifth", "second fifth", "middle fifth", "fourth fifth", "last fifth")
+_SPACES = {
+    "both": "factors and temperatures of layers", "heads": "head gains and temperatures",
+    "outputs": "gains of attention and MLP outputs",
+    **{name: name.replace("_", " ") for name in ("factors", "temperatures", "head_gains", "head_temperatures")},
+}  # fmt: skip
 _LINES = (("0.5", "s"), ("#029e73", "o"), ("#de8f05", "^"))  # no scaling, found, one more
 _REPEATS = ("near repeats", "trigrams seen before")
 
@@ -54,6 +59,7 @@ class Found:
 
     Attributes
     ----------
+    lm : LM
     scaling : LayerScaling or HeadScaling
         No scaling where nothing helped.
     table : DataFrame
@@ -61,6 +67,8 @@ class Found:
         of the paired permutation test over contexts.
     choices : DataFrame
         The candidates that validation chose from.
+    judged : Judged
+        The outcomes behind the table.
     about : dict
         Settings of the search, and what the scaling is valid for.
     evidence : (list of (model fingerprint, scaling key), list of str)
@@ -79,7 +87,8 @@ class Found:
         tasks = " and ".join(suite.name for suite in self.judged.tasks)
         if self.scaling.is_identity:
             return (
-                f"No {self.about['space']} help {self.lm.name} on {tasks} within the limits: it stays without scaling."
+                f"No {_SPACES[self.about['space']]} helped {self.lm.name} on {tasks} within the limits, "
+                "so the result is no scaling."
             )
         gains = [
             f"{100 * r['found']:.0f} % of {suite.name} right instead of {100 * r['no scaling']:.0f} % "
@@ -123,12 +132,12 @@ class Found:
         )
 
     def export(self, folder: str | Path) -> None:
-        """Save the model with the scaling in its weights, and its tokenizer: a checkpoint as any other.
+        """Save the model with the scaling in its weights, and its tokenizer: an ordinary checkpoint.
 
         Raises
         ------
         ValueError
-            The scaling can't be folded into weights (`fold_into`); a folder that holds something.
+            The scaling can't be folded into weights (`fold_into`); the folder isn't empty.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
@@ -140,7 +149,7 @@ class Found:
 
 
 def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
-    """Accuracy of one candidate each by depth, in fifths or tenths, with bootstrap intervals; its mean by its name."""
+    """Accuracy by depth, in fifths or tenths: one line per scaling, with intervals, labelled with its name and mean."""
     for (name, o), (colour, marker) in zip(outcomes.items(), _LINES, strict=False):
         n_bins = 10 if o.depths.ndim == 1 and len(o.depths) >= 20 else 5
         parts = [part[~np.isnan(part)] for part in by_fifth(o.exact[0], o.depths, n_bins).T]
@@ -240,7 +249,7 @@ def _row(measure: str, before: float, after: float) -> dict[str, Any]:
 def _what(scaling: Scaling) -> str:
     if isinstance(scaling, HeadScaling):
         names: Sequence[tuple[str, Any]] = (("gains", scaling.gains), ("temperatures", scaling.temperatures))
-        parts = [f"{np.size(values)} {name} of heads" for name, values in names if values is not None]
+        parts = [f"{np.size(values)} head {name}" for name, values in names if values is not None]
         parts += [f"{len(scaling.mlp_gains)} gains of MLPs"] if scaling.mlp_gains else []
         return " and ".join(parts + ([_what(scaling.layers)] if scaling.layers else []))
     assert isinstance(scaling, LayerScaling)

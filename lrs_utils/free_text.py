@@ -1,6 +1,6 @@
 """What a scaled model writes when nobody asks it anything: text that goes on from plain openings, and how it repeats.
 
-Perplexity doesn't see everything: gains that keep it can still make greedy text turn in circles (CHOICES.md).
+Perplexity doesn't see everything: gains that keep it can still make greedy text loop (CHOICES.md).
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ def continue_freely(
     """Tokens that a model puts after each opening: greedily, then `n_samples` times drawn from its distribution.
 
     Decoding is by our own settings, whatever the model's generation config says: no penalty, no top-k or top-p, and no
-    end of text, so that all continuations are of the same length.
+    end-of-text token, so that all continuations are of the same length.
 
     Returns
     -------
@@ -58,13 +58,13 @@ def keys(seed: int = 0, n_samples: int = 1) -> list[str]:
 
 
 def near_repeats(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Share of tokens that stand among the three before them; shape (..., tokens) -> (...)."""
+    """Share of tokens that repeat one of the three before them; shape (..., tokens) -> (...)."""
     back = [tokens[..., _NEAR:] == tokens[..., _NEAR - k : -k] for k in range(1, _NEAR + 1)]
     return np.asarray(np.any(back, axis=0).mean(axis=-1))
 
 
 def distinct_trigrams(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Share of the runs of three tokens that are different; shape (..., tokens) -> (...)."""
+    """Distinct runs of three tokens, as a share of all such runs; shape (..., tokens) -> (...)."""
     flat = tokens.reshape(-1, tokens.shape[-1]).tolist()
     shares = [len(set(zip(row, row[1:], row[2:], strict=False))) / (len(row) - 2) for row in flat]
     return np.array(shares).reshape(tokens.shape[:-1])

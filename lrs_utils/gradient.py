@@ -62,6 +62,20 @@ def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
     }
 
 
+def refuse_space(lm: LM, vary: str) -> None:
+    """Raise the ValueError that names a family which can't have the numbers of a space."""
+    twos = {
+        name: np.full_like(values, 2.0).T
+        for name, values in numbers_of(LayerScaling.identity(lm.num_layers), lm).items()
+    }
+    names = {name.removeprefix("=") for name in SPACES[vary]}
+    if "temperatures" in names:
+        LayerScaling((1.0,) * lm.num_layers, temperatures=(2.0,) * lm.num_layers).refuse_misfit(lm.model)
+    heads = [twos[name] if name in names else None for name in ("head_temperatures", "head_gains")]
+    if {*HEAD_NUMBERS} & names:
+        HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)
+
+
 def _parts(scaling: Scaling, lm: LM) -> tuple[LayerScaling, HeadScaling | None]:
     heads = scaling if isinstance(scaling, HeadScaling) else None
     layers = scaling if heads is None else heads.layers
@@ -247,15 +261,14 @@ class GradientSearch:
         self._numbers = tuple(name.removeprefix("=") for name in SPACES[vary])
         if {*LAYER_NUMBERS} & {*self._numbers}:
             self._numbers = LAYER_NUMBERS  # one gradient for all searches of layers
-        self._logs = {
-            name.removeprefix("="): torch.tensor(
-                self._values[name.removeprefix("=")][: 1 if name[0] == "=" else None], dtype=torch.float32
-            ).log().requires_grad_()
-            for name in SPACES[vary]
-        }  # fmt: skip
-        probed = {name: np.full_like(self._values[name], 2.0) for name in self._logs if name != "factors"}
-        if probed:  # families that can't have these numbers are refused by name
-            self._with(probed).refuse_misfit(lm.model)
+        self._logs: dict[str, Tensor] = {}
+        self._base: dict[str, Any] = {}  # what their exponentials multiply
+        for name in SPACES[vary]:
+            values = torch.tensor(self._values[name.removeprefix("=")], dtype=torch.float32)
+            if name[0] == "=":
+                self._base[name[1:]], values = self._values[name[1:]], torch.ones(1, lm.num_layers)
+            self._logs[name.removeprefix("=")] = values.log().requires_grad_()
+        refuse_space(lm, vary)
         rates = {"temperatures": temperature_rate}
         groups = [{"params": [row], "lr": rates.get(name, rate)} for name, row in self._logs.items()]
         self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -278,10 +291,9 @@ class GradientSearch:
     @property
     def scaling(self) -> Scaling:
         """Where the search is."""
-        rows = {name: self._values[name].shape for name in self._logs}
         return self._with(
             {
-                name: np.broadcast_to([[round(v, 5) for v in row] for row in logs.exp().tolist()], rows[name])
+                name: self._base.get(name, 1.0) * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
                 for name, logs in self._logs.items()
             }
         )

@@ -1,4 +1,4 @@
-"""Numbers of heads: a temperature and an output gain for each query head, on an unmodified Hugging Face model.
+"""Per-head numbers: a temperature and a gain for each query head, on an unmodified Hugging Face model.
 
 The gain of a head multiplies its output before `o_proj` (SEAL, 2501.15225); the temperature of a head multiplies its
 attention logits. Both are products with activations that a weight could hold as well, so they fold into a plain model.
@@ -26,7 +26,7 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class HeadScaling(Scaling):
-    """One temperature, one output gain, or both, for each query head of each decoder layer.
+    """One temperature, one gain, or both, for each query head of each decoder layer.
 
     Parameters
     ----------
@@ -36,8 +36,8 @@ class HeadScaling(Scaling):
     gains : array of float, shape (layers, heads), optional
         g > 0: what a head puts out is multiplied by g before the output projection.
     mlp_gains : sequence of float, shape (layers,), optional
-        The output of a layer's MLP is multiplied by it. No number of heads: with gains that are equal within a layer it
-        makes 60 numbers that have nothing to do with positions, a control.
+        The output of a layer's MLP is multiplied by it. Not a per-head number: with gains that are equal within a layer
+        it makes two numbers per layer that have nothing to do with positions, a control.
     layers : LayerScaling, optional
         Factors and temperatures of layers, at the same time.
 
@@ -109,7 +109,7 @@ class HeadScaling(Scaling):
 
     @property
     def reach(self) -> float:
-        """Tokens that may be read, in windows: a matter of factors alone."""
+        """Tokens that may be read, in windows; only factors change it."""
         return 1.0 if self.layers is None else self.layers.reach
 
     @contextmanager
@@ -122,7 +122,7 @@ class HeadScaling(Scaling):
         Raises
         ------
         ValueError
-            Another number of layers or heads than the model's, a model whose heads are already scaled, a family whose
+            The number of layers or heads differs from the model's, its heads are already scaled, or its family's
             projections can't be reached (named in the message).
         """
         self.refuse_misfit(model)
@@ -207,7 +207,7 @@ class HeadScaling(Scaling):
 def products(
     settings: Sequence[Setting], n_tokens: int, model: PreTrainedModel
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What queries, head outputs and the MLP's output are multiplied by in a layer, for `multiplied`; None where by 1.
+    """What a layer's queries, head outputs and MLP output are multiplied by, for `multiplied`; None where that is 1.
 
     Parameters
     ----------
@@ -288,7 +288,7 @@ def _n_heads(model: PreTrainedModel) -> int:
 
 
 def _queries_of(layer: nn.Module) -> nn.Module:
-    """The module whose output are a layer's queries, before or after rotation."""
+    """The module whose output is a layer's queries, before or after rotation."""
     attention: Any = getattr(layer, "self_attn", None)
     projection = getattr(attention, "q_proj", None)
     if not isinstance(projection, nn.Module):
@@ -338,7 +338,7 @@ def _fold_temperatures(layer: nn.Module, temperatures: Tensor) -> None:
 
 
 def _folds(norm: nn.Module, by: Tensor) -> bool:
-    """Whether a norm's weight can take factors for its output; it has taken them then. Some norms multiply by 1 + w."""
+    """Put multipliers of a norm's output into its weight, if that gives the same; some norms multiply by 1 + w."""
     weight: Any = norm.weight
     before, by = weight.detach().clone(), by.to(weight.device)
     sample = torch.randn(3, len(by), generator=torch.Generator().manual_seed(0)).to(weight)

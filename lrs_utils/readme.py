@@ -78,12 +78,56 @@ def _expect() -> list[dict[str, str]]:
     return rows
 
 
+def _found() -> list[dict[str, str]]:
+    """Notebook 00's table."""
+    return [
+        {
+            "": f"{r['task']}: {r['measure']}", "no scaling": f"{r['no scaling']:.3g}", "found": f"{r['found']:.3g}",
+            "change": f"{r['change']:+.3g}" + ("" if pd.isna(r["low"]) else f" [{r['low']:+.3g}, {r['high']:+.3g}]"),
+            "p": "" if pd.isna(r["p"]) else f"{r['p']:.2g}",
+        }
+        for r in _rows("found")
+        if r["task"] != "search"
+    ]  # fmt: skip
+
+
+def _spaces() -> list[dict[str, str]]:
+    """Each space on both kinds of keys."""
+    table = []
+    for r in sorted(_rows("spaces"), key=lambda r: (-r["uuid: points"], r["seed"])):
+        row = {"space": r["space"], "numbers": str(r["numbers"]), "seed": str(r["seed"]), "dose": f"{r['dose']:g}"}
+        for keys, name in {"uuid": "20 UUID pairs", "short": "40 short pairs"}.items():
+            points = [r[f"{keys}: {column}"] for column in ("points", "low", "high")]
+            row[name] = f"{r[f'{keys}: no scaling']:.2f} to {r[f'{keys}: found']:.2f}, " + _points(*points)
+        row["UUID by fifth"] = r["uuid: by fifth"]
+        row["perplexity"] = ", ".join(f"{r[f'perplexity %: {kind}']:+.1f}" for kind in ("book", "facts", "play")) + " %"
+        table.append(row)
+    return table
+
+
+def _recipes() -> list[dict[str, str]]:
+    """Recipes of the demo."""
+    return [
+        {
+            "recipe": r["recipe"], "task": r["task"],
+            "no scaling": f"{r['no scaling']:.2f}", "found": f"{r['found']:.2f}",
+            "points": _points(r["change"], r["low"], r["high"]), "perplexity": f"{r['perplexity %']:+.1f} %",
+            "dose": f"{r['dose']:g}",
+        }
+        for r in _rows("recipes")
+    ]  # fmt: skip
+
+
+def _points(change: float, low: float, high: float) -> str:
+    return f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
+
+
 def _expected(
     task: str, before: float, after: float, points: Sequence[float], perplexity: float, seconds: float
 ) -> dict[str, str]:
     return {
         "model": "SmolLM2-135M", "task": task, "from": f"{100 * before:.0f} %", "to": f"{100 * after:.0f} %",
-        "points": "{:+.0f} [{:+.0f}, {:+.0f}]".format(*points), "perplexity": f"{perplexity:+.1f} %",
+        "points": _points(*points), "perplexity": f"{perplexity:+.1f} %",
         "minutes": f"{seconds / 60:.0f}",
     }  # fmt: skip
 
@@ -176,7 +220,8 @@ def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
 
 
 TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
-    "best": _best, "expect": _expect, "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
+    "best": _best, "expect": _expect, "found": _found, "spaces": _spaces, "recipes": _recipes,
+    "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
     "cream": _cream, "cream_large": _cream_large,

@@ -1,7 +1,7 @@
 """Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
 
 Knows how a layer's factor (and temperature) becomes that layer's cos/sin tables, by the formulas of `rope`, and how to
-hang those tables on an unmodified Hugging Face model. Numbers of heads are `heads`. Where numbers come from is `bezier`
+hang those tables on an unmodified Hugging Face model. Per-head numbers are `heads`. Where numbers come from is `bezier`
 and `search`; what they are worth is `scoring` and `metrics`; their files are `factors`.
 """
 

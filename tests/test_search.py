@@ -282,7 +282,9 @@ def test_a_killed_search_ends_as_an_undisturbed_one_and_measures_nothing_twice(t
         return subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / name], stdout=subprocess.PIPE, text=True)
 
     def ending(process):
-        *factors_and_fitness, known, recomputed = process.communicate(timeout=300)[0].strip().split("\n")[-1].rsplit(" ", 2)
+        *factors_and_fitness, known, recomputed = (
+            process.communicate(timeout=300)[0].strip().split("\n")[-1].rsplit(" ", 2)
+        )
         return factors_and_fitness, int(known), int(recomputed)
 
     undisturbed, _, total = ending(start("undisturbed"))
