@@ -150,6 +150,7 @@ class Found:
 
 def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
     """Accuracy by depth, in fifths or tenths: one line per scaling, with intervals, labelled with its name and mean."""
+    labels = []
     for (name, o), (colour, marker) in zip(outcomes.items(), _LINES, strict=False):
         n_bins = 10 if o.depths.ndim == 1 and len(o.depths) >= 20 else 5
         parts = [part[~np.isnan(part)] for part in by_fifth(o.exact[0], o.depths, n_bins).T]
@@ -161,10 +162,13 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
                 interval = bootstrap_mean(part)
                 ax.vlines(x, float(interval.low), float(interval.high), color=colour, alpha=0.5)
         mean = mean_over_questions(o.exact[0], o.depths).mean()
+        labels.append((float(parts[-1].mean()), f"{name}, {100 * mean:.0f} %", colour))
+    height = -1.0
+    for y, text, colour in sorted(labels):
+        height = max(y, height + 0.09)  # labels of lines that end together stand above each other
         ax.annotate(
-            f"{name}\n{100 * mean:.0f} %", (at[-1], parts[-1].mean()), (8, 0), textcoords="offset points",
-            color=colour, va="center", annotation_clip=False,
-        )  # fmt: skip
+            text, (at[-1], height), (8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False
+        )
     ax.axvspan(0.2, 0.8, color="0.94", zorder=0)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="depth of the answer (0 beginning, 1 end)", ylabel="accuracy")
 
@@ -172,12 +176,14 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
 def draw_numbers(scaling: Scaling, ax: Axes) -> None:
     """A scaling's numbers: a map of layers and heads, or factors and temperatures over layers."""
     if isinstance(scaling, HeadScaling) and (scaling.gains or scaling.temperatures):
-        name = "output gain" if scaling.gains else "temperature"
+        name = "gain" if scaling.gains else "temperature"
         values = np.log2(np.array(scaling.gains or scaling.temperatures)).T
         limit = float(np.abs(values).max())
-        sns.heatmap(values, cmap="vlag", vmin=-limit, vmax=limit, ax=ax, cbar_kws={"label": f"log2 of {name}"})
+        bar = {"label": f"log2 of head {name}"}
+        sns.heatmap(values, cmap="vlag", vmin=-limit, vmax=limit, ax=ax, cbar_kws=bar, xticklabels=5)
+        ax.tick_params(axis="x", rotation=0)
         ax.set(xlabel="layer", ylabel="head")
-        ax.set_title(f"one {name} a head", loc="left")
+        ax.set_title(f"one {name} per head", loc="left")
         return
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
     if isinstance(layers, LayerScaling):

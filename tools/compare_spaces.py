@@ -3,8 +3,9 @@
     python tools/compare_spaces.py --tasks both --spaces head_gains heads --seeds 0 1 2 --contexts 100
 
 Each row of data/results/spaces.csv is one `find_scaling` (a space, a seed, the tasks of its objective) and what its
-scaling is worth on 20 UUID pairs and on 40 short pairs. Killed, the same command goes on where it was: outcomes are in
-the ledger, and what is done is exported beside the table, so that another machine goes on from there too.
+scaling is worth on 20 UUID pairs and on 40 short pairs; the scaling itself is in build/spaces. Killed, the same command
+goes on where it was: outcomes are in the ledger, and what is done is exported beside the table, so that another machine
+goes on from there too.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SEARCHED = {
 }
 TESTED = {"uuid": partial(tasks.kv_retrieval, 20), "short": partial(tasks.kv_retrieval, 40, keys="short")}
 TEST_SEED = 30_000
-RECIPE: dict[str, Any] = {"contexts": (12, 6, 2), "steps": 16, "stretches": 6, "questions": 6}
+RECIPE: dict[str, Any] = {"contexts": (16, 8, 2), "steps": 24, "stretches": 8, "questions": 8, "text_weight": 4.0}
 
 
 def main() -> None:
@@ -58,9 +59,13 @@ def main() -> None:
             for space in options.spaces:
                 found = find_scaling(lm, SEARCHED[searched], space=space, seed=seed, ledger=ledger, **RECIPE)
                 print(f"{searched} {space} {seed}: {found}", flush=True)
-                file = f"build/spaces/{searched}-{space}-{seed}.json"
-                save_factors(ROOT / file, found.scaling, found=found.about)
-                _add(_judged(lm, found, tested, searched, space, seed, ledger))
+                row = _judged(lm, found, tested, searched, space, seed, ledger)
+                file = ROOT / "build" / "spaces" / f"{searched}-{space}-{seed}.json"
+                about = {"model": lm.name, "fingerprint": lm.fingerprint, "found": found.about, "test": row}
+                save_factors(
+                    file, found.scaling, **about, command="python tools/compare_spaces.py", versions=versions()
+                )
+                _add(row)
                 ledger.export(
                     OUTCOMES, None, None, f"python tools/compare_spaces.py | {versions()} | code {revision()}"
                 )

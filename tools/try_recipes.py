@@ -19,9 +19,9 @@ from lrs_utils.reproduce import revision, versions
 
 FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 30, "steps": 14, "rate": 0.05, "text_weight": 2.0, "questions": 8}
 TRIED: dict[str, dict[str, Any]] = {
-    "the demo's": {},
+    "first": {},
+    "text weight 3, 16 steps": {"text_weight": 3.0, "steps": 16, "questions": 10},
     "text weight 1": {"text_weight": 1.0},
-    "text weight 4": {"text_weight": 4.0},
     "rate 0.1": {"rate": 0.1},
     "8 steps": {"steps": 8},
     "20 pairs": {"n_pairs": 20},
