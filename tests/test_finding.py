@@ -110,7 +110,7 @@ def helped(tiny, tmp_path_factory):
 # The whole recipe
 
 
-@pytest.mark.parametrize("space", ["auto", "layers", *(SPACES.keys() - {"head_gains", "both"})])  # those two again
+@pytest.mark.parametrize("space", ["auto", "layers", *sorted(SPACES.keys() - {"head_gains", "both"})])  # those two again
 def test_every_space_is_searched_and_moves_only_its_own_numbers(tiny, find, monkeypatch, space):
     stopped, choose = [], finding._Run.choose
     monkeypatch.setattr(finding._Run, "choose", lambda run, stops: stopped.extend(stops) or choose(run, stops))
@@ -228,11 +228,11 @@ def test_every_kind_of_scaling_is_told_and_drawn(helped, scaling, words):
     left, right = figure.axes[:2]
     assert left.get_title(loc="left") == "tiny-llama, planted"
     labels = [" ".join(text.get_text().split()) for text in left.texts]
-    assert labels == [f"no scaling {100 * helped.row('planted', 'accuracy')['no scaling']:.0f} %", "found 100 %"]
+    assert labels == [f"no scaling, {100 * helped.row('planted', 'accuracy')['no scaling']:.0f} %", "found, 100 %"]
     assert [len(line.get_xdata()) for line in left.lines] == [5, 5]
     np.testing.assert_allclose(left.lines[1].get_ydata(), 1)
     if isinstance(scaling, HeadScaling) and scaling.gains:
-        assert right.get_title(loc="left") == "one output gain a head"
+        assert right.get_title(loc="left") == "one gain per head"
         np.testing.assert_allclose(right.collections[0].get_array(), np.log2(scaling.gains).T)
     else:
         np.testing.assert_allclose(right.lines[0].get_ydata(), (1.2, 1.0))
@@ -322,7 +322,7 @@ def test_a_search_killed_anywhere_ends_as_an_undisturbed_one(tiny, find, tmp_pat
     search = finding._Run.search  # as it is, and one stop more, so that something is found
     monkeypatch.setattr(finding._Run, "search", lambda run, *options: [PLANTED, *search(run, *options)])
     monkeypatch.setattr(finding, "_LOOPS", 1.0)
-    options = {"task": partial(planted, tiny), "contexts": (2, 3, 3), "max_perplexity_rise": 1e6}
+    options = {"task": partial(planted, tiny), "contexts": (2, 8, 3), "max_perplexity_rise": 1e6}
     undisturbed = Mortal(tmp_path / "undisturbed.sqlite")
     found = find(ledger=undisturbed, **options)
     expected, writes = told(found), undisturbed.writes
