@@ -110,7 +110,7 @@ def helped(tiny, tmp_path_factory):
 # The whole recipe
 
 
-@pytest.mark.parametrize("space", ["auto", "layers", *sorted(SPACES.keys() - {"head_gains", "both"})])  # those two again
+@pytest.mark.parametrize("space", ["auto", "layers", *sorted(SPACES.keys() - {"head_gains", "both"})])  # again
 def test_every_space_is_searched_and_moves_only_its_own_numbers(tiny, find, monkeypatch, space):
     stopped, choose = [], finding._Run.choose
     monkeypatch.setattr(finding._Run, "choose", lambda run, stops: stopped.extend(stops) or choose(run, stops))
