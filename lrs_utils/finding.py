@@ -32,14 +32,14 @@ from lrs_utils.tasks import Suite, continuations, from_jsonl, long_texts
 
 Task = Callable[..., Suite] | Suite | str | Path
 
-AUTO = "head_gains"  # what measurements on both kinds of keys say (CHOICES.md, data/results/spaces.csv)
+AUTO = "head_gains"  # they gain most so far, and fold into every tested family (CHOICES.md)
 _SCHEME = "ntk"  # of factors: under "pi" near tokens move too, and gains are small (data/results/test.csv)
 _RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # of layers; numbers of heads move at 0.05
 _STRETCH = {"words": 200, "judged": 150}  # of a text, about 270 tokens
 _SEEDS = {"search": 1000, "validation": 5000, "test": 10_000}
 _STOPS = 2  # stopping points that validation chooses from
 _DOSES = np.arange(1, 11) / 10
-_LOOPS = 0.02  # repeats may rise by as much as two draws of no scaling differ, or within chance over openings
+_LOOPS = 0.02  # repeats may rise by so much, or by more within chance over openings (CHOICES.md)
 _NOTES = "find_scaling"  # stands for a scaling where the ledger keeps notes: a plan, the seconds of the first run
 _GRADIENT = 2.5  # tokens scored in the time of a gradient of one, on two cores
 _LEAST = {"steps": 8, "validation": 4, "test": 8}

@@ -53,7 +53,7 @@ def test_every_notebook_says_what_the_gpu_profile_costs(notebook, on_h100):
         settings["long_tuning"]["lora"] = 8
     said = cost.announced(notebook, settings)
     assert said.startswith(f"{notebook}: ")
-    if notebook != "05_bezier_playground":
+    if notebook not in ("00_find_a_scaling", "05_bezier_playground"):  # the first measures its own price
         assert " on NVIDIA H100; " in said
         assert said.endswith(" in bfloat16, 12.6 GiB of 79 for its weights")
 

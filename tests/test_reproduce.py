@@ -58,7 +58,7 @@ def test_a_whole_profile_file_may_be_injected():
     [
         ({"n_pars": 5}, "x has no parameter 'n_pars'; it has profile, n_pairs"),
         ({"budget": 7}, "x has no parameter 'budget'"),
-        ({"profile": "cluster"}, "profile is 'cluster'; choose one of cpu, demo, gpu, smoke"),
+        ({"profile": "cluster"}, "profile is 'cluster'; choose one of colab, cpu, demo, gpu, smoke"),
         ({"n_pairs": "ten"}, r"parameter n_pairs is 'ten' \(str\); it must be int or None"),
         ({"n_pairs": 2.5}, "parameter n_pairs is 2.5"),
         ({"n_pairs": True}, "parameter n_pairs is True"),
