@@ -43,9 +43,10 @@ lint: .venv/installed
 model: .venv/installed
 	@$(BIN)/python -c "from lrs_utils import load_lm; print(load_lm())"
 
-# 8 MB of books and facts, fetched once: tests need no network then
-texts: model
-	@$(BIN)/python -c "from lrs_utils import tasks; [tasks.long_texts(t) for t in ('shakespeare', 'factbook')]"
+# the model, and 8 MB of books and facts, fetched once: tests need no network then
+texts: .venv/installed
+	@$(BIN)/python -c "from lrs_utils import load_lm, tasks; \
+		print(load_lm()); [tasks.long_texts(t) for t in ('shakespeare', 'factbook')]"
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version" \

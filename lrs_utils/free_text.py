@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM
@@ -54,7 +54,7 @@ def continue_freely(
 
 def keys(seed: int = 0, n_samples: int = 1) -> list[str]:
     """What continuations are filed under in a ledger, openings in turn."""
-    return [f"free text {seed} {number} {opening}" for opening in OPENINGS for number in range(1 + n_samples)]
+    return [f"continued {seed} {number} {opening}" for opening in OPENINGS for number in range(1 + n_samples)]
 
 
 def near_repeats(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -70,28 +70,44 @@ def distinct_trigrams(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.array(shares).reshape(tokens.shape[:-1])
 
 
+class _Drawn(LogitsProcessor):
+    """Greedy decoding draws from the distribution where Gumbel noise is added to the logits: all rows go in one batch.
+
+    Of the rows of each opening the first is left as it is. Each sample has a generator of its own, so that it doesn't
+    depend on how many there are.
+    """
+
+    def __init__(self, n_samples: int, seed: int) -> None:
+        seeds = [np.random.SeedSequence([seed, number]).generate_state(1)[0] for number in range(n_samples)]
+        self._generators = [torch.Generator().manual_seed(int(state)) for state in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float().reshape(-1, 1 + len(self._generators), scores.shape[-1])
+        for number, generator in enumerate(self._generators, start=1):
+            noise = torch.empty(scores[:, number].shape).exponential_(generator=generator).log_().neg_()
+            scores[:, number] += noise.to(scores.device)
+        return scores.flatten(0, 1)
+
+
 @torch.inference_mode()
 def _continued(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: int) -> NDArray[np.int64]:
     prompts: Sequence[list[int]] = [lm.tokenizer(opening)["input_ids"] for opening in OPENINGS]
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     longest = max(map(len, prompts))
-    device = lm.model.device
-    ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    rows = []
-    with scaling.applied_to(lm.model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for number in range(1 + n_samples):
-            # each its own, so that a sample doesn't hang on how many there are
-            torch.manual_seed(seed if number < 2 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-            drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if number else {}
-            settings = GenerationConfig(  # type: ignore[no-untyped-call]
-                max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=pad,
-                eos_token_id=lm.tokenizer.eos_token_id, use_cache=True, **drawn,
-            )  # fmt: skip
-            with _no_settings_of_its_own(lm):
-                tokens = lm.model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
-            rows.append(tokens[:, longest:])
-    return np.asarray(torch.stack(rows, dim=1).cpu().numpy())
+    ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts], device=lm.model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.model.device)
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=pad,
+        eos_token_id=lm.tokenizer.eos_token_id, use_cache=True,
+    )  # fmt: skip
+    with scaling.applied_to(lm.model), _no_settings_of_its_own(lm):
+        tokens = lm.model.generate(  # type: ignore[operator]
+            ids.repeat_interleave(1 + n_samples, dim=0),
+            attention_mask=mask.repeat_interleave(1 + n_samples, dim=0),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Drawn(n_samples, seed)]),
+        )
+    return np.asarray(tokens[:, longest:].reshape(len(OPENINGS), 1 + n_samples, n_tokens).cpu().numpy())
 
 
 @contextmanager
