@@ -2,21 +2,25 @@
 
 An outcome, a free answer's text or a gradient is filed under its content (model fingerprint, scaling, question with
 its context), so whoever needs it finds it: the same run after `kill -9`, another search, another notebook. One SQLite
-file, written by any number of processes.
+file, written by any number of processes. Each row has a checksum, so a damaged number is an error and never a result.
 """
 
 import csv
 import gzip
 import io
 import json
-import shutil
+import math
+import os
 import sqlite3
+import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +35,7 @@ CREATE TABLE outcomes (
     PRIMARY KEY (candidate, question)
 ) WITHOUT ROWID;
 """
+# what came later: ledgers of before are brought up to date where they are opened
 _LATER = """
 CREATE TABLE IF NOT EXISTS texts (
     candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, max_new_tokens INTEGER NOT NULL,
@@ -41,6 +46,8 @@ CREATE TABLE IF NOT EXISTS gradients (
     gradient TEXT NOT NULL, PRIMARY KEY (candidate, question)
 ) WITHOUT ROWID;
 """
+_TABLES = {"outcomes": "exact, nll", "texts": "max_new_tokens, text", "gradients": "nll, gradient"}
+_VERSION = 1  # rows have checksums
 _COLUMNS = ["model", "scaling", "question", "exact", "nll", "max_new_tokens", "text"]
 
 
@@ -62,8 +69,7 @@ class Ledger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
-            if self.path.exists() and (head := self.path.open("rb").read(16)) not in (b"", b"SQLite format 3\0"):
-                raise sqlite3.DatabaseError(f"it begins with {head!r}")  # SQLite itself overwrites very short files
+            self._refuse_strangers()
             # autocommit: transactions are the explicit ones below
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             try:
@@ -71,49 +77,94 @@ class Ledger:
             except BaseException:
                 self._db.close()
                 raise
+            self._file = _identity(self.path)
+
+    def _refuse_strangers(self) -> None:
+        """Raise for a file that is no sound ledger, before a connection that may write is opened.
+
+        Closing such a connection would move what stands in a write-ahead log into the file.
+        """
+        if not self.path.exists():
+            return
+        head, page = self.path.open("rb").read(16), _first_page(self.path)
+        if head not in (b"", b"SQLite format 3\0"):
+            raise sqlite3.DatabaseError(f"it begins with {head!r}")  # SQLite itself overwrites very short files
+        owner, n_tables = int.from_bytes(page[68:72], "big"), int.from_bytes(page[103:105], "big")
+        # a file without tables is one that another process is about to make a ledger
+        if page and owner != _APPLICATION_ID and (owner or n_tables):
+            raise LedgerError(f"{self.path} is another program's SQLite file, not a ledger; give another path")
+        if head:
+            reader = sqlite3.connect(f"file:{quote(str(self.path.absolute()))}?mode=ro", uri=True, timeout=60)
+            try:
+                (health,) = reader.execute("PRAGMA quick_check(1)").fetchone()
+            finally:
+                reader.close()
+            if health != "ok":
+                raise sqlite3.DatabaseError(health)
 
     def _open(self) -> None:
-        # emptiness before owner: a process that makes the ledger between the two must not look like a stranger
-        empty = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-        (owner,) = self._db.execute("PRAGMA application_id").fetchone()
-        if owner != _APPLICATION_ID and not (owner == 0 and empty):
-            raise LedgerError(f"{self.path} is another program's SQLite file, not a ledger; give another path")
-        (health,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if health != "ok":
-            raise sqlite3.DatabaseError(health)
-        self._use_write_ahead_log()
-        self._db.execute("PRAGMA synchronous = NORMAL")  # survives any kill; a power cut may cost the last second
-        if empty:
+        mode = self._use_write_ahead_log()
+        # with the log: survives any kill, and a power cut may cost the last second
+        self._db.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
+        if mode != "wal":
+            print(f"{self.path}: no write-ahead log here (journal mode {mode}); writing is slower", file=sys.stderr)
+        if self._version() < _VERSION:
             with self._transaction():
                 if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():  # another process's turn?
                     self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     for statement in _SCHEMA.strip().split(";\n"):
                         self._db.execute(statement)
-        later = "SELECT count(*) FROM sqlite_master WHERE name IN ('texts', 'gradients')"
-        if self._db.execute(later).fetchone()[0] < 2:
-            with self._transaction():  # ledgers of before have none
-                for statement in _LATER.strip().split(";\n"):
-                    self._db.execute(statement)
+                if self._version() < _VERSION:
+                    self._bring_up_to_date()
 
-    def _use_write_ahead_log(self) -> None:
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _bring_up_to_date(self) -> None:
+        for statement in _LATER.strip().split(";\n"):
+            self._db.execute(statement)
+        self._db.create_function("checksum", -1, _checksum, deterministic=True)
+        for table, columns in _TABLES.items():
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN checksum INTEGER")
+            self._db.execute(
+                f"UPDATE {table} SET checksum = "
+                f"(SELECT checksum(model, scaling, question, {columns}) FROM candidates WHERE id = candidate)"
+            )
+        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _use_write_ahead_log(self) -> str:
         patience = time.monotonic() + 60
         while True:  # SQLite's own timeout doesn't cover this switch, which needs the file for itself
             try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                return
+                return str(self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0])
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > patience:
                     raise
                 time.sleep(0.02)
 
+    def _rows(self, table: str, model: str, scaling: str, where: str = "", *values: Any) -> Iterator[tuple[Any, ...]]:
+        """A candidate's rows (question and the columns of `_TABLES`), each as it was written."""
+        rows = self._db.execute(
+            f"SELECT question, {_TABLES[table]}, checksum FROM {table} JOIN candidates ON id = candidate "
+            f"WHERE model = ? AND scaling = ? {where} ORDER BY question",
+            (model, scaling, *values),
+        )
+        for *row, checksum in rows:
+            self._refuse_damaged_row(table, model, scaling, row, checksum)
+            yield tuple(row)
+
+    def _refuse_damaged_row(self, table: str, model: str, scaling: str, row: Sequence[Any], checksum: int) -> None:
+        if _checksum(model, scaling, *row) != checksum:
+            raise LedgerError(
+                f"{self.path} is damaged: in table {table} the row of question {row[0]!r:.80} (model {model}, scaling "
+                f"{scaling:.60}) is not what was written. Nothing was changed: move the file away, or delete the row "
+                "by `Ledger.forget(model, scaling, question)`, and run the same command again"
+            )
+
     def find(self, model: str, scaling: str) -> dict[str, tuple[bool, float]]:
         """All outcomes of one candidate: question key -> (exact, nll)."""
         with self._explained():
-            rows = self._db.execute(
-                "SELECT question, exact, nll FROM outcomes JOIN candidates ON id = candidate "
-                "WHERE model = ? AND scaling = ?",
-                (model, scaling),
-            )
+            rows = self._rows("outcomes", model, scaling)
             return {question: (bool(exact), nll) for question, exact, nll in rows}
 
     def known(self, model: str, questions: Sequence[str]) -> dict[str, dict[str, tuple[bool, float]]]:
@@ -121,11 +172,12 @@ class Ledger:
         found: dict[str, dict[str, tuple[bool, float]]] = {}
         with self._explained():
             rows = self._db.execute(
-                "SELECT scaling, question, exact, nll FROM candidates JOIN outcomes ON id = candidate "
+                "SELECT scaling, question, exact, nll, checksum FROM candidates JOIN outcomes ON id = candidate "
                 "WHERE model = ? AND question IN (SELECT value FROM json_each(?)) ORDER BY id",
                 (model, json.dumps(list(questions))),
             )
-            for scaling, question, exact, nll in rows:
+            for scaling, question, exact, nll, checksum in rows:
+                self._refuse_damaged_row("outcomes", model, scaling, (question, exact, nll), checksum)
                 found.setdefault(scaling, {})[question] = (bool(exact), nll)
         return found
 
@@ -135,7 +187,17 @@ class Ledger:
         """Write the outcomes of one context, all or none; returns what now stands there.
 
         What another process wrote first stays, so that all processes go on with the same numbers.
+
+        Raises
+        ------
+        ValueError
+            A likelihood that is not finite.
         """
+        for question, value in zip(questions, nll, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the nll of question {question!r:.80} under {scaling:.60} is {value}; it must be finite"
+                )
         with self._explained(), self._transaction():
             self._insert(model, scaling, zip(questions, map(int, exact), map(float, nll), strict=True))
             standing = self.find(model, scaling)
@@ -144,13 +206,8 @@ class Ledger:
     def find_texts(self, model: str, scaling: str, max_new_tokens: int) -> dict[str, str]:
         """All free answers of one candidate that were cut at `max_new_tokens`: question key -> text."""
         with self._explained():
-            return dict(
-                self._db.execute(
-                    "SELECT question, text FROM texts JOIN candidates ON id = candidate "
-                    "WHERE model = ? AND scaling = ? AND max_new_tokens = ?",
-                    (model, scaling, max_new_tokens),
-                )
-            )
+            rows = self._rows("texts", model, scaling, "AND max_new_tokens = ?", max_new_tokens)
+            return {question: text for question, _, text in rows}
 
     def record_texts(
         self, model: str, scaling: str, max_new_tokens: int, questions: Sequence[str], texts: Sequence[str]
@@ -165,12 +222,8 @@ class Ledger:
     def find_gradient(self, model: str, scaling: str, questions: str) -> tuple[float, NDArray[np.float64]] | None:
         """The nll and gradient of a context's questions, if known."""
         with self._explained():
-            found = self._db.execute(
-                "SELECT nll, gradient FROM gradients JOIN candidates ON id = candidate "
-                "WHERE model = ? AND scaling = ? AND question = ?",
-                (model, scaling, questions),
-            ).fetchone()
-        return None if found is None else (found[0], np.array(json.loads(found[1])))
+            found = next(self._rows("gradients", model, scaling, "AND question = ?", questions), None)
+        return None if found is None else (found[1], np.array(json.loads(found[2])))
 
     def record_gradient(
         self, model: str, scaling: str, questions: str, nll: float, gradient: NDArray[np.float64]
@@ -185,7 +238,7 @@ class Ledger:
     def forget(self, model: str, scaling: str, question: str) -> None:
         """Delete what is known of a question, so that it is measured again."""
         with self._explained(), self._transaction():
-            for table in ("outcomes", "texts", "gradients"):
+            for table in _TABLES:
                 self._db.execute(
                     f"DELETE FROM {table} WHERE question = ? AND candidate = "
                     "(SELECT id FROM candidates WHERE model = ? AND scaling = ?)",
@@ -225,22 +278,13 @@ class Ledger:
         outcomes: list[list[Any]] = []
         others: list[list[Any]] = []
         for model, scaling in dict.fromkeys(candidates):
+            with self._explained():
+                exact_nll, found, gradients = (list(self._rows(table, model, scaling)) for table in _TABLES)
             outcomes += (
-                [model, scaling, question, int(exact), f"{nll:.9g}"]  # 9 digits: all that float32 holds
-                for question, (exact, nll) in sorted(self.find(model, scaling).items())
+                [model, scaling, question, exact, f"{nll:.9g}"]  # 9 digits: all that float32 holds
+                for question, exact, nll in exact_nll
                 if wanted is None or question in wanted
             )
-            with self._explained():
-                found = self._db.execute(
-                    "SELECT question, max_new_tokens, text FROM texts JOIN candidates ON id = candidate "
-                    "WHERE model = ? AND scaling = ? ORDER BY question, max_new_tokens",
-                    (model, scaling),
-                ).fetchall()
-                gradients = self._db.execute(
-                    "SELECT question, nll, gradient FROM gradients JOIN candidates ON id = candidate "
-                    "WHERE model = ? AND scaling = ? ORDER BY question",
-                    (model, scaling),
-                ).fetchall()
             others += (
                 [model, scaling, question, "", "", most, json.dumps(text)]  # without line breaks
                 for question, most, text in found
@@ -257,9 +301,12 @@ class Ledger:
         writer.writerow(_COLUMNS if others else _COLUMNS[:5])
         writer.writerows(outcomes)
         writer.writerows(others)
-        path = Path(path)
-        content = text.getvalue().encode()
-        if not path.exists() or gzip.decompress(path.read_bytes()).partition(b"\n")[2] != content.partition(b"\n")[2]:
+        path, content = Path(path), text.getvalue().encode()
+        try:
+            before = gzip.decompress(path.read_bytes())
+        except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error):
+            before = b""
+        if before.partition(b"\n")[2] != content.partition(b"\n")[2]:
             write_whole(path, gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
         return len(outcomes) + len(others)
 
@@ -282,7 +329,7 @@ class Ledger:
                     else:
                         row = (question, int(text[0]), json.loads(text[1]))
                         texts.setdefault((model, scaling), []).append(row)
-        except (ValueError, IndexError, EOFError, gzip.BadGzipFile) as error:
+        except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
             raise LedgerError(f"{path} is no exported ledger, or damaged: {error}") from error
         tables = {"outcomes": outcomes, "texts": texts, "gradients": gradients}
         with self._explained(), self._transaction():
@@ -302,11 +349,19 @@ class Ledger:
         self.close()
 
     def _insert(self, model: str, scaling: str, rows: Any, table: str = "outcomes") -> None:
+        if _identity(self.path) != self._file:
+            raise LedgerError(
+                f"{self.path} was deleted or replaced while it was in use, and what is written now would be lost; "
+                "start again with the file that is to be kept"
+            )
         self._db.execute("INSERT OR IGNORE INTO candidates (model, scaling) VALUES (?, ?)", (model, scaling))
         (candidate,) = self._db.execute(
             "SELECT id FROM candidates WHERE model = ? AND scaling = ?", (model, scaling)
         ).fetchone()
-        self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", ((candidate, *row) for row in rows))
+        self._db.executemany(
+            f"INSERT OR IGNORE INTO {table} (candidate, question, {_TABLES[table]}, checksum) VALUES (?, ?, ?, ?, ?)",
+            ((candidate, *row, _checksum(model, scaling, *row)) for row in rows),
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -324,16 +379,48 @@ class Ledger:
         """Turn SQLite's errors into ours, which say what to do."""
         try:
             yield
+        except sqlite3.ProgrammingError as error:  # closed, or another thread's
+            raise LedgerError(
+                f"{self.path}: {error}. The file is sound; open a Ledger of its own where it is needed"
+            ) from error
         except sqlite3.OperationalError as error:
-            if "full" in str(error) or "disk I/O" in str(error):
-                free = shutil.disk_usage(self.path.parent).free // 2**20
+            name = getattr(error, "sqlite_errorname", "")
+            if name == "SQLITE_FULL":
                 raise LedgerError(
-                    f"no room to write {self.path} ({error}; {free} MiB free). Everything recorded so far is kept: "
-                    "make room and run the same command again"
+                    f"no room to write {self.path} ({error}). Everything recorded so far is kept: make room and run "
+                    "the same command again"
                 ) from error
-            raise LedgerError(f"{self.path} can't be used as a ledger: {error}") from error
-        except sqlite3.DatabaseError as error:
+            if name:
+                raise LedgerError(
+                    f"{self.path} can't be used as a ledger: {error}. Everything recorded so far is kept"
+                ) from error
+            raise LedgerError(f"{self.path} is damaged ({error}); it is left as it is: move it away") from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise LedgerError(
                 f"{self.path} is not a ledger, or damaged ({error}); it is left as it is: move it away "
                 "or give another path"
             ) from error
+
+
+def _checksum(model: str, scaling: str, *row: Any) -> int:
+    return zlib.crc32(repr((model, scaling, *row)).encode())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path names; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _first_page(path: Path) -> bytes:
+    """The begin of an SQLite file's first page as its write-ahead log, if it has one, says (sqlite.org/fileformat)."""
+    page, log = path.open("rb").read(512), path.with_name(f"{path.name}-wal")
+    if log.exists() and len(content := log.read_bytes()) > 32:
+        size, salt = int.from_bytes(content[8:12], "big"), content[16:24]
+        for at in range(32, len(content), 24 + size):
+            if content[at : at + 4] == b"\0\0\0\1" and content[at + 8 : at + 16] == salt:
+                page = content[at + 24 : at + 24 + 512]
+    return page

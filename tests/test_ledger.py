@@ -163,14 +163,143 @@ def test_texts_are_kept_exported_and_come_back(ledger, tmp_path):
     assert other.find_texts("m", "s", 9) == {KEYS[0]: "longer"}
 
 
+SCHEMA_OF_BEFORE = """
+PRAGMA journal_mode = WAL;
+PRAGMA application_id = 0x4C525331;
+CREATE TABLE candidates (id INTEGER PRIMARY KEY, model TEXT NOT NULL, scaling TEXT NOT NULL, UNIQUE (model, scaling));
+CREATE TABLE outcomes (
+    candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, exact INTEGER NOT NULL, nll REAL NOT NULL,
+    PRIMARY KEY (candidate, question)
+) WITHOUT ROWID;
+INSERT INTO candidates VALUES (1, 'm', 's');
+INSERT INTO outcomes VALUES (1, 'q0', 1, 0.5);
+"""
+
+
 def test_a_ledger_and_an_export_of_before_texts_are_read(ledger, tmp_path):
-    ledger.record("m", "s", KEYS[:1], [True], [0.5])
-    ledger._db.execute("DROP TABLE texts")
-    ledger.close()
-    again = Ledger(ledger.path)
+    with sqlite3.connect(tmp_path / "of-before.sqlite") as db:  # as ledgers were made at first
+        db.executescript(SCHEMA_OF_BEFORE)
+    db.close()
+    again = Ledger(tmp_path / "of-before.sqlite")
     assert again.find("m", "s") == {KEYS[0]: (True, 0.5)}
     assert again.record_texts("m", "s", 8, KEYS[:1], ["text"]) == ["text"]
     old = tmp_path / "old.csv.gz"
     old.write_bytes(gzip.compress(f"# old\nmodel,scaling,question,exact,nll\nm,t,{KEYS[0]},1,0.25\n".encode()))
     assert again.load(old) == 1
     assert again.find("m", "t") == {KEYS[0]: (True, 0.25)}
+
+
+def filled(path):
+    """A ledger with a few dozen rows of each kind, all of it in the file itself; what is in it."""
+    with Ledger(path) as ledger:
+        for scaling in ("pi|1.0,1.2", "pi|1.0,1.3", "ntk|0.9,1.1"):
+            keys = [f"{scaling[:3]} question {n}" for n in range(30)]
+            ledger.record("m", scaling, keys, np.arange(30) % 3 == 0, np.arange(30) / 8)
+            ledger.record_texts("m", scaling, 8, keys[:9], [f"answer {n}" for n in range(9)])
+            ledger.record_gradient("m", scaling, keys[0], 0.5, np.ones((2, 4)))
+        return contents(ledger)
+
+
+def contents(ledger):
+    """Everything that a reader of this ledger gets."""
+    found = {}
+    for scaling in ("pi|1.0,1.2", "pi|1.0,1.3", "ntk|0.9,1.1"):
+        found |= {(scaling, key): row for key, row in ledger.find("m", scaling).items()}
+        found |= {(scaling, key, "text"): row for key, row in ledger.find_texts("m", scaling, 8).items()}
+        if gradient := ledger.find_gradient("m", scaling, f"{scaling[:3]} question 0"):
+            found[scaling, "gradient"] = (gradient[0], gradient[1].tolist())
+    known = ledger.known("m", [f"{kind} question {n}" for n in range(30) for kind in ("pi|", "ntk")])
+    return found | {("known", s, q): row for s, rows in known.items() for q, row in rows.items()}
+
+
+def test_a_flipped_bit_is_an_error_and_never_a_result(tmp_path):
+    path = tmp_path / "l.sqlite"
+    written, whole = filled(path), path.read_bytes()
+    rng, verdicts = np.random.default_rng(0), {"refused": 0, "unharmed": 0, "lost": 0}
+    for _ in range(200):
+        damaged = bytearray(whole)
+        at = int(rng.integers(len(damaged)))
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            with Ledger(path) as ledger:
+                found = contents(ledger)
+        except LedgerError:
+            verdicts["refused"] += 1
+            continue
+        assert found.items() <= written.items()  # a row that isn't found any more is measured again
+        verdicts["unharmed" if found == written else "lost"] += 1
+    print(verdicts)
+    assert verdicts["refused"] > 20
+
+
+def test_a_damaged_row_is_named_with_its_file_and_can_be_measured_again(ledger):
+    ledger.record("m", "s", KEYS, EXACT, NLL)
+    ledger._db.execute("UPDATE outcomes SET nll = 0.2 WHERE question = 'q1'")
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite is damaged: in table outcomes the row of question 'q1'"):
+        ledger.find("m", "s")
+    ledger.forget("m", "s", "q1")
+    assert {*ledger.find("m", "s")} == {"q0", "q2"}
+
+
+@pytest.mark.parametrize("refused", ["another program's", "not a ledger, or damaged"])
+def test_a_refused_file_stays_as_it_is_with_its_write_ahead_log(tmp_path, refused):
+    path = tmp_path / "l.sqlite"
+    if "another" in refused:
+        used = sqlite3.connect(path, isolation_level=None)
+        used.executescript("PRAGMA journal_mode = WAL; CREATE TABLE theirs (a); INSERT INTO theirs VALUES (1);")
+    else:
+        filled(path)
+        used = Ledger(path)
+        used.record("m", "s", KEYS, EXACT, NLL)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    before = {name: (tmp_path / name).read_bytes() for name in ("l.sqlite", "l.sqlite-wal")}
+    if "damaged" in refused:
+        before["l.sqlite"] = before["l.sqlite"][: 3 * 4096].ljust(len(before["l.sqlite"]), b"\xff")
+    for name, content in before.items():
+        (killed / name).write_bytes(content)
+    with pytest.raises(LedgerError, match=refused):
+        Ledger(killed / "l.sqlite")
+    assert {name: (killed / name).read_bytes() for name in before} == before
+    used.close()
+
+
+def test_misuse_is_not_called_damage(ledger):
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(LedgerError, match=r"thread.*The file is sound; open a Ledger of"),
+    ):
+        pool.submit(ledger.find, "m", "s").result()
+    ledger.close()
+    with pytest.raises(LedgerError, match=r"closed database.*The file is sound"):
+        ledger.find("m", "s")
+
+
+def test_without_a_write_ahead_log_every_write_waits_for_the_disk_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "_use_write_ahead_log", lambda ledger: "delete")
+        ledger = Ledger(tmp_path / "l.sqlite")
+    assert "l.sqlite: no write-ahead log here (journal mode delete)" in capsys.readouterr().err
+    assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    ledger.record("m", "s", KEYS, EXACT, NLL)
+    with Ledger(tmp_path / "other.sqlite") as other:
+        assert other._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert other._db.execute("PRAGMA synchronous").fetchone() == (1,)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_ledger_that_goes_away_while_it_is_in_use_is_noticed(ledger, how):
+    ledger.record("m", "s", KEYS[:1], EXACT[:1], NLL[:1])
+    ledger.path.unlink()
+    if how == "replaced":
+        ledger.path.write_bytes(b"")
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite was deleted or replaced while it was in use"):
+        ledger.record("m", "s", KEYS, EXACT, NLL)
+
+
+def test_a_likelihood_that_is_no_number_is_refused_with_its_question(ledger):
+    with pytest.raises(ValueError, match="the nll of question 'q1' under s is nan; it must be finite"):
+        ledger.record("m", "s", KEYS, EXACT, np.array([1.0, np.nan, 2.0]))
+    assert ledger.find("m", "s") == {}
