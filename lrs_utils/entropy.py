@@ -6,6 +6,7 @@ measured like any other: inside `scaling.applied_to(lm.model)`.
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -161,7 +162,7 @@ def _joined(chunks: dict[int, list[Tensor]]) -> NDArray[np.float32]:
     return torch.stack([torch.cat(chunks[layer], dim=1) for layer in sorted(chunks)]).numpy()
 
 
-_watchers: list[Watcher] = []
+_watcher: ContextVar[Watcher] = ContextVar("watcher")
 
 
 @torch.inference_mode()
@@ -169,12 +170,12 @@ def _watch_attention(lm: LM, ids: Sequence[int], watcher: Watcher) -> None:
     """Run the model over a text; every layer's queries and keys go past the watcher."""
     if len(ids) > lm.window:
         raise ValueError(f"the text has {len(ids):,} tokens, but {lm.name} reads {lm.window:,}; use a shorter one")
-    _watchers.append(watcher)
-    try:
-        with attending_by(lm, "lrs_watched"):
+    with attending_by(lm, "lrs_watched"):
+        token = _watcher.set(watcher)
+        try:
             lm.model(torch.tensor([list(ids)], device=lm.model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        _watchers.pop()
+        finally:
+            _watcher.reset(token)
 
 
 def _attend_watched(
@@ -189,7 +190,7 @@ def _attend_watched(
 ) -> tuple[Tensor, None]:
     window = known_window(module, sliding_window, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    _watchers[-1](module.layer_idx, query[0].float() * scale, key[0].float(), window)  # type: ignore[arg-type]
+    _watcher.get()(module.layer_idx, query[0].float() * scale, key[0].float(), window)  # type: ignore[arg-type]
     # keys repeated for the heads that share them: torch would fall back to T x T maps of all heads
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     seen = None

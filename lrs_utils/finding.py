@@ -19,11 +19,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrs_utils import free_text
+from lrs_utils.files import cache_folder
 from lrs_utils.found import Found, Judged, measures
 from lrs_utils.gradient import PRICE, SPACES, GradientSearch, refuse_space
 from lrs_utils.ledger import Ledger
 from lrs_utils.metrics import bootstrap_mean, by_fifth, mean_over_questions
-from lrs_utils.models import LM, cache_folder
+from lrs_utils.models import LM
 from lrs_utils.packed import pack
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling, Scaling

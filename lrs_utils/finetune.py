@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lrs_utils.cream import Sampler
 from lrs_utils.files import write_whole
-from lrs_utils.models import LM, fingerprint
+from lrs_utils.models import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling
 
@@ -172,7 +172,7 @@ def train(
     if training.checkpointing:
         trained.gradient_checkpointing_disable()
     cast(trained, lm.model.dtype).requires_grad_(False).train(False)
-    return replace(lm, model=trained, fingerprint=fingerprint(trained, lm.tokenizer)), np.array(losses)
+    return replace(lm, model=trained), np.array(losses)
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> Any:

@@ -3,16 +3,15 @@
 Perplexity doesn't see everything: gains that keep it can still make greedy text loop (CHOICES.md).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from lrs_utils.ledger import Ledger
-from lrs_utils.models import LM
+from lrs_utils.models import LM, decode
 from lrs_utils.scaling import Scaling
 
 OPENINGS = (
@@ -96,26 +95,8 @@ def _continued(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: in
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts], device=lm.model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.model.device)
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=pad,
-        eos_token_id=lm.tokenizer.eos_token_id, use_cache=True,
-    )  # fmt: skip
-    with scaling.applied_to(lm.model), _no_settings_of_its_own(lm):
-        tokens = lm.model.generate(  # type: ignore[operator]
-            ids.repeat_interleave(1 + n_samples, dim=0),
-            attention_mask=mask.repeat_interleave(1 + n_samples, dim=0),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([_Drawn(n_samples, seed)]),
-        )
-    return np.asarray(tokens[:, longest:].reshape(len(OPENINGS), 1 + n_samples, n_tokens).cpu().numpy())
-
-
-@contextmanager
-def _no_settings_of_its_own(lm: LM) -> Iterator[None]:
-    """`generate` takes what is not set from the model's generation config: a penalty that ships with it, say."""
-    before = lm.model.generation_config
-    lm.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        lm.model.generation_config = before
+    ids, mask = (values.repeat_interleave(1 + n_samples, dim=0) for values in (ids, mask))
+    drawn = LogitsProcessorList([_Drawn(n_samples, seed)])
+    with scaling.applied_to(lm.model):
+        tokens = decode(lm, ids, mask, n_tokens, to_the_end=True, logits_processor=drawn)
+    return np.asarray(tokens.reshape(len(OPENINGS), 1 + n_samples, n_tokens).cpu().numpy())

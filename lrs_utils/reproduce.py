@@ -29,9 +29,8 @@ import pandas as pd
 import yaml
 
 from lrs_utils.cost import announced
-from lrs_utils.files import write_whole
+from lrs_utils.files import cache_folder, write_whole
 from lrs_utils.ledger import Ledger
-from lrs_utils.models import cache_folder
 from lrs_utils.progress import Progress
 from lrs_utils.repository import ROOT, profiles
 from lrs_utils.verify import AGAIN, VERIFY, sampled

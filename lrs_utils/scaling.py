@@ -8,18 +8,20 @@ and `search`; what they are worth is `scoring` and `metrics`; their files are `f
 import copy
 import inspect
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from lrs_utils.models import used_alone
 from lrs_utils.rope import COMBINATIONS, DYNAMIC, SCHEMES, layer_frequencies
 
 
@@ -43,7 +45,7 @@ class Setting(NamedTuple):
 
 UNSCALED = Setting()
 
-_scaled_decoders: WeakSet[nn.Module] = WeakSet()
+_scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
 _COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
 
@@ -231,7 +233,8 @@ class LayerScaling(Scaling):
         """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
 
         Hooks replace the `position_embeddings` that each decoder layer receives; no weight or buffer changes,
-        and everything is taken off again on exit, also after an error.
+        and everything is taken off again on exit, also after an error. Another thread that calls the model meanwhile
+        waits.
 
         Parameters
         ----------
@@ -248,7 +251,6 @@ class LayerScaling(Scaling):
             family can't be reached this way (named in the message); a length that is not positive or that the scheme
             has no use for.
         """
-        self.refuse_misfit(model)
         if length is not None and (length < 1 or self.scheme != DYNAMIC):
             raise ValueError(f"length is {length} with scheme {self.scheme!r}; give 1 or more, to {DYNAMIC!r} only")
         decoder = reachable_decoder(model)
@@ -260,8 +262,10 @@ class LayerScaling(Scaling):
             return replace
 
         with ExitStack() as stack:
-            _scaled_decoders.add(decoder)
-            stack.callback(_scaled_decoders.discard, decoder)
+            stack.enter_context(used_alone(model))
+            self.refuse_misfit(model)
+            _scaled_decoders[decoder] = threading.get_ident()
+            stack.callback(_scaled_decoders.pop, decoder)
             if not self.is_identity:
                 tables = stack.enter_context(PositionTables(model, length=length))
                 for layer, setting in zip(decoder.layers, self.settings, strict=True):
@@ -279,7 +283,7 @@ class LayerScaling(Scaling):
             raise ValueError(f"factors has {len(self.factors)} values but {model_name(model)} has {n_layers} layers")
         if self.temperatures is not None:
             _refuse_partial_rotary(model)
-        if decoder in _scaled_decoders:
+        if _scaled_decoders.get(decoder) == threading.get_ident():
             raise ValueError(f"{model_name(model)} is already scaled; leave the other `applied_to` block first")
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -458,7 +462,7 @@ def reachable_decoder(model: PreTrainedModel) -> Any:
         raise ValueError(
             f"{family} can't be scaled by layer: its {', '.join(sorted(strange))} layers read no positions"
         )
-    if any("position_embeddings" not in inspect.signature(layer.forward).parameters for layer in layers):
+    if any("position_embeddings" not in inspect.signature(type(layer).forward).parameters for layer in layers):
         raise ValueError(f"{family} can't be scaled by layer: its layers take no `position_embeddings`")
     return decoder
 

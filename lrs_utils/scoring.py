@@ -24,8 +24,8 @@ from transformers import DynamicCache
 
 from lrs_utils.heads import multiplied, products
 from lrs_utils.ledger import Ledger
-from lrs_utils.models import LM, attending_by, load_lm
-from lrs_utils.packed import Layout, Packed, laid_out, pack, shared_prefix
+from lrs_utils.models import LM, attending_by, decode, load_lm
+from lrs_utils.packed import PRODUCT_ROWS, Layout, Packed, laid_out, pack, rounding_alike, shared_prefix
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import UNSCALED, PositionTables, Scaling, Setting, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
@@ -65,7 +65,7 @@ class Outcomes:
 class Kept:
     """What calls of `score` on one model may share, in memory: tokens, and outputs of first layers left unscaled.
 
-    For whoever scores the same contexts again and again, as `search` does. To be dropped when a weight changes.
+    For whoever scores the same contexts again and again, as `search` does.
 
     Parameters
     ----------
@@ -133,7 +133,10 @@ def score(
         Runs the model elsewhere, in tasks of a batch and a few candidates: processes of this machine (started by
         "spawn": torch does not survive a fork), or a cluster's (`Client.get_executor()` of Dask, the extra `cluster`).
         Workers load the model by its name onto a device of the same kind, the first that they see, and compute; the
-        ledger is written here only. With `batch_tokens=1`, and as many threads, results are the same to the last bit.
+        ledger is written here only.
+
+    An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever is asked
+    beside it and whatever is known already (`packed.rounding_alike`), on one machine with one number of threads.
 
     Raises
     ------
@@ -145,6 +148,7 @@ def score(
         raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
     for scaling in scalings:
         scaling.refuse_misfit(lm.model)
+    fingerprint = lm.fingerprint
     dynamic = any(scaling.stretches_by_length for scaling in scalings)
     kept = Kept(max_bytes=0) if kept is None else kept
     shape = (len(scalings), *suite.asked.shape)
@@ -152,7 +156,7 @@ def score(
     exact, nll = np.zeros(shape, bool), np.where(missing, 0.0, np.nan)
     if ledger is not None:
         for c, scaling in enumerate(scalings):
-            found = ledger.find(lm.fingerprint, scaling.key)
+            found = ledger.find(fingerprint, scaling.key)
             for p, probe in enumerate(suite.probes):
                 for q, key in enumerate(probe.keys):
                     if key in found:
@@ -172,11 +176,14 @@ def score(
     def known(batch: _Batch, c: int, hits: NDArray[np.bool_], losses: NDArray[np.float64]) -> None:
         for p, keys, hit, loss in zip(batch.contexts, batch.keys, hits, losses, strict=True):
             if not np.isfinite(loss).all():
+                q = batch.asked[int(np.isfinite(loss).argmin())]
                 raise FloatingPointError(
-                    f"{lm.name} gave a non-finite likelihood under {scalings[c]}; try dtype float32"
+                    f"{lm.name} gave a non-finite likelihood to the answer at position "
+                    f"{suite.probes[p].questions[q].position} in context {p} of {suite.name}, under {scalings[c]}; try "
+                    "dtype float32"
                 )
             if ledger is not None:
-                hit, loss = zip(*ledger.record(lm.fingerprint, scalings[c].key, keys, hit, loss), strict=True)
+                hit, loss = zip(*ledger.record(fingerprint, scalings[c].key, keys, hit, loss), strict=True)
             exact[c, p, batch.asked], nll[c, p, batch.asked] = hit, loss
             missing[c, p] = False
             bar.advance(1)
@@ -193,7 +200,10 @@ def score(
                 parts = (ordered[i : i + _TASK_CANDIDATES] for i in range(0, len(ordered), _TASK_CANDIDATES))
                 batches += [replace(batch, candidates=part) for part in parts]
             options = {"extrapolate": extrapolate, "batch_tokens": batch_tokens}
-            waiting = {executor.submit(scored_elsewhere, *_task(lm, suite, scalings, b), options): b for b in batches}
+            waiting = {
+                executor.submit(scored_elsewhere, *_task(lm, fingerprint, suite, scalings, b), options): b
+                for b in batches
+            }
             try:
                 for done in as_completed(waiting):
                     batch, (hits, losses, n_layers) = waiting[done], done.result()
@@ -204,12 +214,12 @@ def score(
                 for future in waiting:  # after an error; those done don't mind
                     future.cancel()
         elif unknown:
-            with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables:
+            with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables, rounding_alike():
                 room = _Room(lm.model.device, batch_tokens)
                 while missing.any():
                     batch = next_batch(missing, room.tokens)
                     tables.length = context_tokens(lm, suite.probes[batch.contexts[0]]) if dynamic else None
-                    walk = _Walk(lm, batch, [scaling.settings for scaling in scalings], tables, kept)
+                    walk = _Walk(lm, fingerprint, batch, [scaling.settings for scaling in scalings], tables, kept)
                     with room.watched(batch):
                         for c, *rows in walk.outcomes(max(1, room.tokens // batch.n_tokens)):
                             known(batch, c, *rows)
@@ -227,9 +237,9 @@ def scored_elsewhere(
     """`score` in a worker process, which loads the model once: exact and nll (candidates, contexts, questions)."""
     with _one_at_a_time:  # threads of one process share the model
         lm = _loaded(*load)
-        if lm.fingerprint != fingerprint:
+        if (own := lm.fingerprint) != fingerprint:
             raise ValueError(
-                f"this worker's {lm.name} has fingerprint {lm.fingerprint}, the search's {fingerprint}; give all "
+                f"this worker's {lm.name} has fingerprint {own}, the search's {fingerprint}; give all "
                 "machines the same weights and tokenizer"
             )
         outcomes = score(lm, suite, scalings, progress=Progress(0, ""), **options)
@@ -245,7 +255,7 @@ def _loaded(name: str, dtype: str, device: str) -> LM:
 
 
 def _task(
-    lm: LM, suite: Suite, scalings: Sequence[Scaling], batch: "_Batch"
+    lm: LM, fingerprint: str, suite: Suite, scalings: Sequence[Scaling], batch: "_Batch"
 ) -> tuple[tuple[str, str, str], str, Suite, list[Scaling]]:
     """What `scored_elsewhere` needs to measure a batch."""
     probes = [
@@ -253,7 +263,7 @@ def _task(
         for probe in (suite.probes[p] for p in batch.contexts)
     ]
     load = (lm.name, str(lm.model.dtype).removeprefix("torch."), lm.model.device.type)
-    return load, lm.fingerprint, replace(suite, probes=tuple(probes)), [scalings[c] for c in batch.candidates]
+    return load, fingerprint, replace(suite, probes=tuple(probes)), [scalings[c] for c in batch.candidates]
 
 
 @torch.inference_mode()
@@ -268,7 +278,8 @@ def generate_answers(
 ) -> list[list[str]]:
     """Let the model answer freely: greedy text for each question, without answer prefix (the authors' protocol).
 
-    The context is read once; its questions are decoded together from copies of its cache.
+    Decoding is by our own settings, whatever the model's generation config says. The context is read once; its
+    questions are decoded together from copies of its cache.
 
     Parameters
     ----------
@@ -281,28 +292,28 @@ def generate_answers(
     """
     answers = []
     with Progress(len(suite.probes), "answering").entered() as bar:
-        found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, max_new_tokens)
+        fingerprint = lm.fingerprint
+        found = {} if ledger is None else ledger.find_texts(fingerprint, scaling.key, max_new_tokens)
         for p, probe in enumerate(suite.probes):
-            missing = [q for q, key in enumerate(probe.keys) if key not in found]
-            if missing:
-                prompts = [lm.tokenizer(probe.context + probe.questions[q].prompt)["input_ids"] for q in missing]
+            if any(key not in found for key in probe.keys):
+                # all questions, known or not: what is decoded together rounds together
+                prompts = [lm.tokenizer(probe.context + q.prompt)["input_ids"] for q in probe.questions]
                 if not extrapolate:
                     longest = max(map(len, prompts)) + max_new_tokens
                     refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
                 length = context_tokens(lm, probe) if scaling.stretches_by_length else None
                 with scaling.applied_to(lm.model, length=length):
                     texts = _decoded_together(lm, prompts, max_new_tokens)
-                keys = [probe.keys[q] for q in missing]
                 if ledger is not None:
-                    texts = ledger.record_texts(lm.fingerprint, scaling.key, max_new_tokens, keys, texts)
-                found |= zip(keys, texts, strict=True)
+                    texts = ledger.record_texts(fingerprint, scaling.key, max_new_tokens, probe.keys, texts)
+                found |= zip(probe.keys, texts, strict=True)
             answers.append([found[key] for key in probe.keys])
             bar.advance(1)
     return answers
 
 
 def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy text after each of some prompts that share their begin, which is read once."""
+    """Greedy text after each of some prompts that begin alike; what they share is read once."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     n_context, longest = shared_prefix(prompts), max(map(len, prompts))
     device = lm.model.device
@@ -321,16 +332,9 @@ def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int)
         masks = [[1] * n_context + [0] * (longest - len(ids)) + [1] * (len(ids) - n_context) for ids in some]
         cache = copy.deepcopy(read) if first + at_once < len(prompts) else read
         cache.batch_repeat_interleave(len(rows))
-        tokens = lm.model.generate(  # type: ignore[operator]
-            torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(masks, device=device),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,  # some models ship one, and it would forbid copying
-            pad_token_id=pad,
-        )
-        texts += lm.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+        ids, mask = (torch.tensor(x, device=device) for x in (rows, masks))
+        tokens = decode(lm, ids, mask, max_new_tokens, past_key_values=cache)
+        texts += lm.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return texts
 
 
@@ -431,12 +435,14 @@ class _Walk:
     def __init__(
         self,
         lm: LM,
+        fingerprint: str,
         batch: _Batch,
         paths: Sequence[tuple[Setting, ...]],
         tables: PositionTables,
         kept: Kept,
     ) -> None:
         self._lm, self._batch, self._paths, self._tables, self._kept = lm, batch, paths, tables, kept
+        self._fingerprint = fingerprint
         self._layers = reachable_decoder(lm.model).layers
         self._layout = Layout(batch.packs, lm.model.device)
         self._given: list[dict[str, Any]] = []
@@ -446,7 +452,7 @@ class _Walk:
         """Each candidate with its verdicts and nll, shape (contexts, questions), in the order of the walk."""
         group = sorted(self._batch.candidates, key=self._paths.__getitem__)
         unscaled = [all(self._paths[c][layer] == UNSCALED for c in group) for layer in range(len(self._layers))]
-        contexts = sum(self._batch.keys, (self._lm.fingerprint,))
+        contexts = sum(self._batch.keys, (self._fingerprint,))
         n_first = [*unscaled, False].index(False)
         depth, hidden = self._kept.after(contexts, n_first)
         embedded, self._given = entered(self._lm, self._layout)
@@ -506,7 +512,8 @@ class _Walk:
         states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, at].flatten(0, 1)
         targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
         vocabulary = self._lm.model.config.get_text_config().vocab_size
-        at_once = max(1, _LOGITS_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary))
+        rows = PRODUCT_ROWS.get(hidden.device.type, 2048)
+        at_once = max(1, _LOGITS_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary * rows)) * rows
         hits, losses = [], []
         for some, wanted in zip(*(torch.split(x, at_once) for x in (states, targets)), strict=True):
             logits = judged(self._lm, some)
@@ -536,7 +543,8 @@ def entered(lm: LM, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
     inputs: list[Tensor] = []
     notes: list[dict[str, Any]] = []
     with _layers_replaced(reachable_decoder(lm.model).layers, note):
-        lm.model(layout.ids[None], position_ids=layout.positions[None], use_cache=False, logits_to_keep=1)
+        # its hooks stay out: a gradient computes some things twice, in another thread, which would wait for this one
+        lm.model.forward(layout.ids[None], position_ids=layout.positions[None], use_cache=False, logits_to_keep=1)
     return inputs[0], notes
 
 
@@ -544,7 +552,7 @@ def judged(lm: LM, states: Tensor) -> Tensor:
     """Logits (states, vocabulary) for outputs of the last layer (states, hidden), by the model's own norm and head."""
     with _layers_replaced(reachable_decoder(lm.model).layers, lambda *_, **__: states[None]):
         tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        return lm.model(tokens, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+        return lm.model.forward(tokens, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -188,8 +188,7 @@ def search(
     extrapolate : bool
         Allow prompts longer than the window, as in `score`.
     batch_tokens : int, optional
-        As in `score`. Matrix products of another shape round differently on a GPU, and the nll may decide between
-        candidates: fix it where two searches must agree to the last bit.
+        As in `score`.
     executor : concurrent.futures.Executor, optional
         Runs the model elsewhere, see `score`; gradients are computed here.
     """

@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from lrs_utils import tasks
 from lrs_utils.cream import plain
+from lrs_utils.files import cache_folder
 from lrs_utils.finetune import Documents, Training, cast, stretches, tokens_on_disk, train
-from lrs_utils.models import LM, SMALL_FOLDER, cache_folder, fingerprint, load_lm
+from lrs_utils.models import LM, SMALL_FOLDER, load_lm
 
 WINDOW = 256
 N_TRAINING_TEXTS = 32  # of Shakespeare's; the other ten are for measuring
@@ -155,7 +156,7 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
     cast(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
-    lm = LM(model, tokenizer, "small-rope", fingerprint(model, tokenizer))
+    lm = LM(model, tokenizer, "small-rope")
     prose, losses = tokens_on_disk(lm, texts, work), []
     for length, training in STAGES.items():
         about = {"documents": "prose, retrieval, recalled; answers judged", "length": length}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lrs_utils import load_lm
 from lrs_utils.models import EMBEDDED, LM
@@ -30,3 +31,23 @@ def tiny() -> LM:
 def smollm2() -> LM:
     """The real model in float32; `make model` has put it into the cache."""
     return load_lm(EMBEDDED, dtype="float32", device="cpu")
+
+
+@pytest.fixture(
+    params=[
+        {"repetition_penalty": 1.7},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"no_repeat_ngram_size": 1},
+        {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.1},
+        {"suppress_tokens": list(range(200))},
+        {"bad_words_ids": [[token] for token in range(200)]},
+        {"max_length": 20, "forced_eos_token_id": 7},
+        {"min_new_tokens": 3, "exponential_decay_length_penalty": (1, 9.0)},
+        {"guidance_scale": 3.0},
+    ],
+    ids=lambda theirs: next(iter(theirs)),
+)
+def their_settings(request) -> GenerationConfig:
+    """A generation config that ships with some model and would change what it writes."""
+    return GenerationConfig(**{"eos_token_id": 256, "pad_token_id": 256} | request.param)

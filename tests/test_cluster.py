@@ -6,14 +6,13 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from unittest import mock
 
 import pytest
 from distributed import Client, LocalCluster
 
-from lrs_utils import GeneticSearch, LayerScaling, Ledger, score, search, tasks
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, load_lm, score, search, tasks
 from lrs_utils.search import mixture
 
 SUITE = tasks.kv_retrieval(4, 6, keys="short")
@@ -91,9 +90,10 @@ def test_any_executor_will_do(tiny):
 
 
 def test_a_worker_with_another_model_is_refused(tiny):
-    other = replace(tiny, fingerprint="another")
+    other = load_lm("tiny-llama", dtype="float32", device="cpu")
+    other.model.lm_head.weight.data[0, 0] += 1.0
     with (
         ThreadPoolExecutor(1) as executor,
-        pytest.raises(ValueError, match=f"fingerprint {tiny.fingerprint}, the search's another"),
+        pytest.raises(ValueError, match=f"fingerprint {tiny.fingerprint}, the search's {other.fingerprint}"),
     ):
         score(other, SUITE, [LayerScaling((1.5, 0.9))], executor=executor)

@@ -678,7 +678,7 @@ def of_family(tiny, model_type, **settings):
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     settings = sizes | {"num_attention_heads": 4, "pad_token_id": 0, "max_position_embeddings": 2048} | settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32).eval()
-    return LM(model, tiny.tokenizer, model_type, model_type)
+    return LM(model, tiny.tokenizer, model_type)
 
 
 def test_a_space_that_a_family_can_not_have_is_refused_by_name(tiny, find):

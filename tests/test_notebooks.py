@@ -10,7 +10,7 @@ import nbformat
 import papermill
 import pytest
 
-from lrs_utils.models import cache_folder
+from lrs_utils.files import cache_folder
 from lrs_utils.readme import address, colab_cell
 from lrs_utils.reproduce import printed_summary
 

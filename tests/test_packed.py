@@ -9,9 +9,16 @@ def seen_densely(packs, copies, window):
     """Who sees whom, (tokens, tokens), written down without any thought of speed."""
     segment = torch.cat([torch.full_like(p.ids, i) for i, p in enumerate(packs * copies)])
     branch, position = (torch.cat([getattr(p, name) for p in packs * copies]) for name in ("branch", "positions"))
+    left_at = torch.cat([branched_from(p) for p in packs * copies])
     distance = position[:, None] - position
-    same_line = (branch == 0) | (branch == branch[:, None])
+    of_context = (branch == 0) & ((position < left_at[:, None]) | (branch == 0)[:, None])
+    same_line = of_context | (branch == branch[:, None])
     return (segment[:, None] == segment) & same_line & (distance >= 0) & (distance < (window or 10**9))
+
+
+def branched_from(packed):
+    """Of each token, how much of the context its branch sees: it begins where the context's tokens end for it."""
+    return torch.stack([packed.positions[packed.branch == b].min() for b in packed.branch])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -47,10 +54,12 @@ def test_a_packed_probe_holds_every_question_as_it_would_be_alone(smollm2):
     n = int((packed.branch == 0).sum())
     for q, question in enumerate(probe.questions):
         mine = packed.branch == q + 1
+        start = int(packed.positions[mine].min())
         text = probe.context + question.prompt + question.answer_prefix + question.answer
         alone = smollm2.tokenizer(text)["input_ids"]
-        assert packed.ids[:n].tolist() + packed.ids[mine].tolist() == alone[:-1]
-        assert packed.positions[mine].tolist() == list(range(n, len(alone) - 1))
+        assert packed.ids[:start].tolist() + packed.ids[mine].tolist() == alone[:-1]
+        assert packed.positions[mine].tolist() == list(range(start, len(alone) - 1))
+        assert n - start == 1  # all but the last token, which may merge with a question's first
         judged = packed.judged[packed.owner == q]
         assert packed.targets[packed.owner == q].tolist() == alone[-len(judged) :]
         assert torch.equal(packed.positions[judged], torch.arange(len(alone) - 1 - len(judged), len(alone) - 1))

@@ -221,7 +221,7 @@ def test_scaling_comes_off_after_the_block_and_after_an_error(lm, ids):
     assert torch.equal(logits(lm.model, ids), bare)
     with LayerScaling.uniform(1.5, 2).applied_to(lm.model):
         pass
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.model.modules())
 
 
 def test_gradients_reach_a_scaled_model_with_checkpointing(ids):

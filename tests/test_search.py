@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from lrs_utils import GeneticSearch, LayerScaling, Ledger, scoring, search, tasks
+from lrs_utils.models import LM
 from lrs_utils.scoring import Outcomes
 from lrs_utils.search import (
     accuracy_then_nll,
@@ -315,7 +315,7 @@ def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
     ledger, half = Ledger(tmp_path / "l.sqlite"), settings["population"] // 2
     ledger.load(ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
     factors = json.loads((ROOT / "lrs_utils" / "data" / "factors" / "smollm2-135m" / "ga.json").read_text())
-    lm = replace(smollm2, fingerprint=factors["fingerprint"])
+    monkeypatch.setattr(LM, "fingerprint", factors["fingerprint"])  # searched in bfloat16
     n = settings["n_pairs"]
     positions = None if over_depths else tasks.positions_at(n, (0, 0.5, 1))
     genetic = GeneticSearch(
@@ -325,7 +325,7 @@ def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
     monkeypatch.setattr(scoring, "_Walk", None)  # no model is run
     suite = tasks.kv_retrieval(n, settings["n_contexts"], seed=settings["seed"], positions=positions)
     objective = utilisation_over_depths_then_nll if over_depths else utilisation_then_nll
-    result = search(lm, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective)
+    result = search(smollm2, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective)
     assert len(result.candidates) == settings["budget"]
     if not over_depths:
         assert list(result.best.factors) == factors["factors"]

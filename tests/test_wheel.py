@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lrs_utils.models import cache_folder
+from lrs_utils.files import cache_folder
 from lrs_utils.repository import ROOT
 from lrs_utils.tasks import long_texts
 

@@ -16,9 +16,8 @@ import numpy as np
 import pandas as pd
 
 from lrs_utils import Found, LayerScaling, Ledger, find_scaling, load_lm, save_factors, score, tasks
-from lrs_utils.files import write_whole
+from lrs_utils.files import cache_folder, write_whole
 from lrs_utils.metrics import bootstrap_mean, by_fifth, paired_test
-from lrs_utils.models import cache_folder
 from lrs_utils.repository import ROOT
 from lrs_utils.reproduce import revision, versions
 

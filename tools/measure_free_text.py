@@ -10,9 +10,8 @@ import argparse
 import pandas as pd
 
 from lrs_utils import LayerScaling, Ledger, load_factors, load_lm
-from lrs_utils.files import write_whole
+from lrs_utils.files import cache_folder, write_whole
 from lrs_utils.free_text import continue_freely, distinct_trigrams, near_repeats
-from lrs_utils.models import cache_folder
 from lrs_utils.repository import ROOT
 from lrs_utils.reproduce import revision, versions
 from lrs_utils.scaling import Scaling

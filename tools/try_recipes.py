@@ -12,8 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lrs_utils import Ledger, find_scaling, load_lm, tasks
-from lrs_utils.files import write_whole
-from lrs_utils.models import cache_folder
+from lrs_utils.files import cache_folder, write_whole
 from lrs_utils.repository import ROOT
 from lrs_utils.reproduce import revision, versions
 
