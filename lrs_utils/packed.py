@@ -251,7 +251,7 @@ def _attend_packed(
     out = query.new_empty(tokens, kv_heads, group, value_dim)
     q = query.view(kv_heads, group, tokens, dim)
     k, v = key[0].contiguous(), value[0].contiguous()
-    # on a CPU one key head at a time: its logits stay in the cache
+    # of a context on a CPU one key head at a time: its logits stay in the cache
     head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(0, kv_heads)]
     for start in range(0, tokens, layout.length):
         for context in layout.contexts if fused else ():
@@ -263,7 +263,7 @@ def _attend_packed(
         for block in layout.blocks(group, head_parts[0].stop, not fused, window, query):
             rows = slice(start + block.rows.start, start + block.rows.stop)
             n_rows, n_hidden = block.bias.shape
-            for part in head_parts:
+            for part in [slice(0, kv_heads)] if block.apart else head_parts:
                 if block.apart:
                     seen = slice(start + block.first, start + block.seen)
                     k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
