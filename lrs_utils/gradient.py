@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lrs_utils.arguments import number, whole
 from lrs_utils.heads import HeadScaling, multiplied
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by
@@ -238,8 +239,10 @@ class GradientSearch:
         if vary not in SPACES:
             raise ValueError(f"vary is {vary!r}; choose one of {', '.join(SPACES)}")
         for name, value in (("steps", steps), ("every", every), ("questions", questions)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if value is not None:
+                whole(name, value, least=1)
+        number("rate", rate, above=0)
+        number("temperature_rate", temperature_rate, above=0)
         if bounds is not None and not 0 < bounds[0] < bounds[1]:
             raise ValueError(f"bounds is {bounds}; factors need 0 < low < high")
         self._suites = [suites] if isinstance(suites, Suite) else list(suites)

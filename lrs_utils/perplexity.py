@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lrs_utils.arguments import whole
 from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, text_row
 from lrs_utils.progress import Progress
@@ -56,6 +57,7 @@ def window_nll(
         A window beyond the model's, shorter than the stride, or longer than the text or than `first_end`.
     """
     scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
+    whole("stride", stride, least=1)
     ids = _tokens(lm.tokenizer, text)
     limit = lm.window * scaling.reach
     for length in lengths:

@@ -10,7 +10,7 @@ import inspect
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ class Setting(NamedTuple):
 
 
 UNSCALED = Setting()
+_MOST = 1e6  # of a factor or temperature: beyond it frequencies and logits overflow
 
 _scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
 _COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
@@ -428,13 +429,14 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(values, str) or (not isinstance(values, Sequence) and not hasattr(values, "__iter__")):
+    # a set or a mapping has no order, and layers have one
+    if isinstance(values, str | bytes | Set | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"{name} must be a sequence of numbers, one a layer, not {values!r}")
     checked = []
     for layer, value in enumerate(values):
         number = _number(value)
-        if number is None or number <= 0:
-            raise ValueError(f"{name}[{layer}] is {value!r}; it must be a positive finite number")
+        if number is None or not 0 < number <= _MOST:
+            raise ValueError(f"{name}[{layer}] is {value!r}; it must be a positive finite number, at most {_MOST:g}")
         checked.append(number)
     if not checked:
         raise ValueError(f"{name} is empty; give one value for each decoder layer")
@@ -443,6 +445,8 @@ def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
 
 def _number(value: Any) -> float | None:
     """A finite number as a float, whatever type it comes in."""
+    if isinstance(value, str | bytes | bool):
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -452,6 +456,9 @@ def _number(value: Any) -> float | None:
 
 def reachable_decoder(model: PreTrainedModel) -> Any:
     """The module that owns `layers` and `rotary_emb`, or an error that names the family and what it lacks."""
+    if not isinstance(model, PreTrainedModel):
+        hint = "give its .model" if hasattr(model, "model") else "give a causal language model of transformers"
+        raise ValueError(f"a {type(model).__name__} can't be scaled; {hint}")
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     family = type(model).__name__
     layers = getattr(decoder, "layers", None)

@@ -146,6 +146,8 @@ def score(
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
+    if isinstance(scalings, Scaling):
+        raise ValueError("scalings is a single scaling; give a list: score(lm, suite, [scaling])")
     for scaling in scalings:
         scaling.refuse_misfit(lm.model)
     fingerprint = lm.fingerprint

@@ -4,6 +4,7 @@ Killed at any moment, a search goes on where it was when it is run again: search
 and the ledger answers for what was measured. Ways to search are in `searchers` and `gradient`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from lrs_utils.arguments import whole
 from lrs_utils.gradient import GradientSearch
 from lrs_utils.ledger import Ledger
 from lrs_utils.metrics import (
@@ -193,8 +195,16 @@ def search(
         Runs the model elsewhere, see `score`; gradients are computed here.
     """
     suites = [suite] if isinstance(suite, Suite) else list(suite)
-    if budget < 1:
-        raise ValueError(f"budget is {budget}; a search needs at least 1 candidate")
+    whole("budget", budget, least=1)
+    if not suites:
+        raise ValueError("suite is an empty list; give at least one suite")
+    if not isinstance(ledger, Ledger | None):
+        raise ValueError(f"ledger is {ledger!r}; give a Ledger: Ledger({str(ledger)!r})")
+    if len(suites) > 1 and objective is utilisation_then_nll:
+        raise ValueError(
+            f"there are {len(suites)} suites and the default objective takes the outcomes of one; give an objective of "
+            f"{len(suites)} (`mixture`)"
+        )
     if racing is not None:
         if not 0 < racing < 1:
             raise ValueError(f"racing is {racing}; it is an error rate, between 0 and 1")
@@ -239,6 +249,8 @@ def search(
                 bar.advance(sum(n_contexts - n for n in seen))
             for c, fitness in zip(alive, objective(*outcomes) if alive else (), strict=True):
                 told[c] = tuple(fitness)
+                if any(math.isnan(value) for value in told[c]):
+                    raise ValueError(f"the objective gave {told[c]} to {asked[c]}; candidates are compared by it")
             if racing is not None and alive:
                 each = by_context(objective, outcomes[0])
                 if not np.allclose(each.mean(axis=1), [told[c][0] for c in alive]):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lrs_utils.arguments import number, whole
 from lrs_utils.bezier import BezierCurve, on_grid
 from lrs_utils.scaling import LayerScaling
 
@@ -52,6 +53,9 @@ class Points:
 
 
 Genome = tuple[Points, ...]  # the curve of the factors, that of the temperatures, or both in this order
+
+
+_MOST_VALUES = 10_000  # of a control point's grid
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,15 @@ class Space:
         if self.shape not in (*_N_POINTS, "free"):
             raise ValueError(f"shape is {self.shape!r}; choose one of {', '.join(_N_POINTS)}, free")
         varied(self.vary)
+        whole("num_layers", self.num_layers, least=2)
+        whole("first_layer", self.first_layer, least=0)
         if self.num_layers - self.first_layer < 2:
             raise ValueError(f"first_layer {self.first_layer} leaves fewer than 2 of {self.num_layers} layers to scale")
         for name in ("bounds", "temperature_bounds"):
-            low, high = getattr(self, name)
-            if not 0 < low < high:
+            low, high = (number(f"{name}[{i}]", bound, above=0) for i, bound in enumerate(getattr(self, name)))
+            if low >= high:
                 raise ValueError(f"{name} is {(low, high)}; factors and temperatures need 0 < low < high")
+            number("step", self.step, least=(high - low) / _MOST_VALUES, most=round(high - low, 9))
         for start, (low, high) in zip(self.starts, self.curve_bounds, strict=True):
             if not low <= start <= high:
                 raise ValueError(f"start is {start}, outside the bounds {(low, high)}")
@@ -236,8 +243,12 @@ class GeneticSearch:
         **space: Any,
     ) -> None:
         self.space = Space(num_layers, **space)
-        if not 2 <= parents <= population:
-            raise ValueError(f"parents is {parents}; it must be from 2 to the population, {population}")
+        whole("population", population, least=2)
+        whole("parents", parents, least=2, most=population)
+        for name, value in (("mutations", mutations), ("crossovers", crossovers)):
+            whole(name, value, least=0)
+        number("p_gene", p_gene, above=0, most=1)
+        whole("tries", tries, least=1)
         self._grids = [self.space.grid(bounds) for bounds in self.space.curve_bounds]
         self._population, self._parents, self._mutations, self._crossovers = population, parents, mutations, crossovers
         self._p_gene, self._tries = p_gene, tries

@@ -113,7 +113,7 @@ def test_control_points_stand_behind_every_candidate():
     ("settings", "message"),
     [
         ({"bounds": (2.0, 1.0)}, "bounds is"),
-        ({"bounds": (0.0, 1.0)}, "bounds is"),
+        ({"bounds": (0.0, 1.0)}, r"bounds\[0\] is 0.0; it must be above 0"),
         ({"start": 2.5}, "start is 2.5, outside the bounds"),
         ({"parents": 70}, "parents is 70"),
         ({"first_layer": 31}, "first_layer 31 leaves fewer than 2 of 32"),

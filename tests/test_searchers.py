@@ -134,7 +134,7 @@ def test_the_scheme_is_kept():
         ({"shape": "square"}, "shape is 'square'; choose one of bezier"),
         ({"vary": "all"}, "vary is 'all'"),
         ({"temperature_bounds": (1.1, 2.0), "vary": "both"}, r"start is 1.0, outside the bounds \(1.1, 2.0\)"),
-        ({"temperature_bounds": (0.0, 2.0)}, "temperature_bounds is"),
+        ({"temperature_bounds": (0.0, 2.0)}, r"temperature_bounds\[0\] is 0.0; it must be above 0"),
     ],
 )
 def test_bad_spaces_are_refused(options, message):

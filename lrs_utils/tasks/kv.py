@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lrs_utils.arguments import whole
 from lrs_utils.tasks.files import official_file, read_lines
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
@@ -122,7 +123,7 @@ def kv_probe(pairs: Pairs, positions: Sequence[int]) -> Probe:
 
 def checked_positions(positions: Sequence[int] | None, n_items: int, items: str = "pairs") -> list[int]:
     """All positions of a context's items by default; one outside is refused."""
-    chosen = list(range(n_items) if positions is None else positions)
+    chosen = [whole("a position", p) for p in (range(n_items) if positions is None else positions)]
     outside = [p for p in chosen if not 0 <= p < n_items]
     if outside:
         raise ValueError(f"position {outside[0]} is outside the {n_items} {items} (0 to {n_items - 1})")
