@@ -266,7 +266,7 @@ def test_a_step_asks_some_questions_spread_over_depth(tiny, monkeypatch):
 def test_a_search_of_heads_that_was_interrupted_goes_on_from_the_ledger(tmp_path, monkeypatch):
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
     calls, computed = [], gradient.nll_gradient
-    lm.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    lm.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def ended(ledger):
         searcher = GradientSearch(lm, SUITE, vary="heads", steps=9, every=4, rate=0.05, questions=1, ledger=ledger)

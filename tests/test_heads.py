@@ -62,7 +62,7 @@ def close(ours, theirs, tolerance=1e-4):
 
 
 def n_hooks(model):
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.model.modules())
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.base_model.modules())
 
 
 def test_a_family_with_biases_of_queries_is_among_those_tested():
