@@ -200,7 +200,9 @@ class Ledger:
                 )
         with self._explained(), self._transaction():
             self._insert(model, scaling, zip(questions, map(int, exact), map(float, nll), strict=True))
-            standing = self.find(model, scaling)
+            asked = "AND question IN (SELECT value FROM json_each(?))"
+            rows = self._rows("outcomes", model, scaling, asked, json.dumps(list(questions)))
+            standing = {question: (bool(exact), nll) for question, exact, nll in rows}
         return [standing[question] for question in questions]
 
     def find_texts(self, model: str, scaling: str, max_new_tokens: int) -> dict[str, str]:
@@ -416,7 +418,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _first_page(path: Path) -> bytes:
-    """The begin of an SQLite file's first page as its write-ahead log, if it has one, says (sqlite.org/fileformat)."""
+    """The beginning of an SQLite file's first page, of its write-ahead log if that has it (sqlite.org/fileformat)."""
     page, log = path.open("rb").read(512), path.with_name(f"{path.name}-wal")
     if log.exists() and len(content := log.read_bytes()) > 32:
         size, salt = int.from_bytes(content[8:12], "big"), content[16:24]

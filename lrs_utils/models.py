@@ -145,9 +145,9 @@ def _damage_named(source: str | Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights in {source} are damaged ({error}); delete {source} to have them fetched or saved again"
-        ) from error
+        ours = Path(source).is_relative_to(cache_folder())
+        mend = f"delete {source} to have them fetched again" if ours else "download or save the model again"
+        raise ValueError(f"the weights in {source} are damaged ({error}); {mend}") from error
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:

