@@ -23,7 +23,7 @@ from lrs_utils.benchmark import (
     summary,
     with_searches,
 )
-from lrs_utils.packed import pack
+from lrs_utils.packed import PRODUCT_ROWS, pack
 from lrs_utils.plots import benchmark
 from lrs_utils.progress import Progress
 from lrs_utils.search import SearchResult
@@ -47,8 +47,9 @@ def test_operations_of_a_packed_context_are_those_of_its_tokens_and_what_they_se
     with FlopCounterMode(display=False) as counter:
         work.run(Progress(1, "counting"))
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    # embedding makes logits of one token; attention is counted apart, its blocks see more than they use
-    assert counts["aten.mm"] == operations(tiny, len(packs[0].ids), 0, len(packs[0].judged) + 1)
+    # products are filled up to PRODUCT_ROWS; embedding makes logits of one token; attention is counted apart
+    filled = [PRODUCT_ROWS["cpu"] * -(-n // PRODUCT_ROWS["cpu"]) for n in (len(packs[0].ids), len(packs[0].judged), 1)]
+    assert counts["aten.mm"] == operations(tiny, filled[0], 0, filled[1] + filled[2])
     assert sum(counts.values()) > work.operations
 
 
