@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lrs_utils.models import LM, attending_by, known_window
+from lrs_utils.scoring import refuse_unscorable
 
 _CHUNK_BYTES = 128 * 2**20  # of float32 logits of one layer at once, all heads
 
@@ -170,6 +171,7 @@ def _watch_attention(lm: LM, ids: Sequence[int], watcher: Watcher) -> None:
     """Run the model over a text; every layer's queries and keys go past the watcher."""
     if len(ids) > lm.window:
         raise ValueError(f"the text has {len(ids):,} tokens, but {lm.name} reads {lm.window:,}; use a shorter one")
+    refuse_unscorable(lm)
     with attending_by(lm, "lrs_watched"):
         token = _watcher.set(watcher)
         try:

@@ -24,8 +24,8 @@ from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, pack
 from lrs_utils.progress import Progress
-from lrs_utils.scaling import LayerScaling, PositionTables, Scaling, reachable_decoder
-from lrs_utils.scoring import context_tokens, entered, judged, refuse_beyond_window
+from lrs_utils.scaling import LayerScaling, PositionTables, Scaling, reachable_decoder, temperature_layers
+from lrs_utils.scoring import context_tokens, entered, judged, refuse_beyond_window, refuse_unscorable
 from lrs_utils.searchers import Fitness
 from lrs_utils.tasks import Probe, Suite
 
@@ -71,7 +71,11 @@ def refuse_space(lm: LM, vary: str) -> None:
     }
     names = {name.removeprefix("=") for name in SPACES[vary]}
     if "temperatures" in names:
-        LayerScaling((1.0,) * lm.num_layers, temperatures=(2.0,) * lm.num_layers).refuse_misfit(lm.model)
+        # layers where they are idle keep theirs, having no gradient
+        twos_there = [2.0 if obeyed else 1.0 for obeyed in temperature_layers(lm.model)]
+        if 2.0 not in twos_there:
+            twos_there = [2.0] * lm.num_layers
+        LayerScaling((1.0,) * lm.num_layers, temperatures=twos_there).refuse_misfit(lm.model)
     heads = [twos[name] if name in names else None for name in ("head_temperatures", "head_gains")]
     if {*HEAD_NUMBERS} & names:
         HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)
@@ -132,6 +136,7 @@ def nll_gradient(
     if not extrapolate:
         refuse_beyond_window(lm, packed.longest, scaling, "a context")
     length = context_tokens(lm, probe) if scaling.stretches_by_length else None
+    refuse_unscorable(lm)
     device = lm.model.device
     layout, decoder_layers = Layout([packed], device), reachable_decoder(lm.model).layers
     through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept

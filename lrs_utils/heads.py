@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lrs_utils.models import used_alone
 from lrs_utils.scaling import UNSCALED, LayerScaling, Scaling, Setting, model_name, reachable_decoder
+from lrs_utils.trial import layers_with_temperatures, tried
 
 _scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
 Rows = tuple[tuple[float, ...], ...]
@@ -162,6 +163,8 @@ class HeadScaling(Scaling):
                 _mlp_of(layer)
         if _scaled_decoders.get(decoder) == threading.get_ident():
             raise ValueError(f"the heads of {model_name(model)} are already scaled; leave the other block first")
+        if self.temperatures is not None:
+            _refuse_idle_temperatures(model, self.temperatures)
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """A copy of a model whose own weights hold the numbers: a plain model that computes the same, at no cost.
@@ -312,6 +315,24 @@ def _mlp_of(layer: nn.Module) -> nn.Module:
     if not isinstance(mlp, nn.Module):
         raise ValueError(f"{type(layer).__name__} has no mlp that could have a gain")
     return mlp
+
+
+def _refuse_idle_temperatures(model: PreTrainedModel, temperatures: Rows) -> None:
+    layers, heads = reachable_decoder(model).layers, _n_heads(model)
+
+    def hot(layer: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        with multiplied(layer, torch.full((1, heads), 4.0), None, None):
+            return layer.forward(*args, **given)
+
+    obeyed = tried(
+        model, "head temperatures", lambda: layers_with_temperatures(model, layers, hot), (True,) * len(layers)
+    )
+    for layer, row in enumerate(temperatures):
+        if set(row) != {1.0} and not obeyed[layer]:
+            raise ValueError(
+                f"heads of layer {layer} of {type(model).__name__} can't have temperatures: tried on a few tokens, "
+                "multiplied queries don't multiply the attention logits (a norm after rotation, say); leave them 1"
+            )
 
 
 def _linear(module: Any) -> nn.Linear:

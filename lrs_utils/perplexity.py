@@ -15,6 +15,7 @@ from lrs_utils.models import LM, attending_by
 from lrs_utils.packed import Layout, laid_out, text_row
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import LayerScaling, Scaling
+from lrs_utils.scoring import refuse_unscorable
 
 
 @torch.inference_mode()
@@ -78,6 +79,8 @@ def window_nll(
         if not 1 <= n_windows <= len(ends):
             raise ValueError(f"n_windows is {n_windows}; the text has 1 to {len(ends)}")
         ends = ends[np.linspace(0, len(ends) - 1, n_windows).round().astype(int)]
+    scaling.refuse_misfit(lm.model)
+    refuse_unscorable(lm)
     nll = np.zeros((len(lengths), len(ends)))
     with (
         attending_by(lm, "lrs_packed"),  # in bfloat16 on a CPU twice as fast as torch's kernel

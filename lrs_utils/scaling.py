@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lrs_utils.models import used_alone
 from lrs_utils.rope import COMBINATIONS, DYNAMIC, SCHEMES, layer_frequencies
+from lrs_utils.trial import N_TOKENS, layers_with_temperatures, obeys_factors, tried
 
 
 class Setting(NamedTuple):
@@ -282,10 +284,12 @@ class LayerScaling(Scaling):
         n_layers = len(decoder.layers)
         if len(self.factors) != n_layers:
             raise ValueError(f"factors has {len(self.factors)} values but {model_name(model)} has {n_layers} layers")
-        if self.temperatures is not None:
-            _refuse_partial_rotary(model)
         if _scaled_decoders.get(decoder) == threading.get_ident():
             raise ValueError(f"{model_name(model)} is already scaled; leave the other `applied_to` block first")
+        if not self.is_identity:
+            _refuse_ignored_factors(model)
+        if self.temperatures is not None:
+            _refuse_idle_temperatures(model, self.temperatures)
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """A copy of a model whose weights hold the temperatures; factors act on cos and sin, which no weight holds.
@@ -304,8 +308,6 @@ class LayerScaling(Scaling):
                 "use `applied_to`, or a scaling of head gains or temperatures"
             )
         self.refuse_misfit(model)
-        if 0 in (getattr(model.config.get_text_config(), "no_rope_layers", None) or ()) and self.temperatures:
-            raise ValueError(f"{model_name(model)} has layers without positions, where a layer's temperature is idle")
         heads = model.config.get_text_config().num_attention_heads
         return HeadScaling([[t] * heads for t in self.temperatures or (1.0,) * len(self.factors)]).fold_into(model)
 
@@ -474,15 +476,38 @@ def reachable_decoder(model: PreTrainedModel) -> Any:
     return decoder
 
 
-def _refuse_partial_rotary(model: PreTrainedModel) -> None:
+def _refuse_ignored_factors(model: PreTrainedModel) -> None:
     decoder = reachable_decoder(model)
-    config = decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for name, inv_freq in decoder.rotary_emb.named_buffers():
-        if name.endswith("inv_freq") and 2 * inv_freq.numel() != head_dim:
+    halved = LayerScaling.uniform(2.0, len(decoder.layers)).applied_to(model)
+    if not tried(model, "factors", lambda: obeys_factors(model, halved), True):
+        raise ValueError(
+            f"{type(model).__name__} can't be scaled by layer: tried on {N_TOKENS} tokens, a factor of 2 does not "
+            "divide its positions by 2; it reads positions elsewhere than in the cos and sin that its layers get"
+        )
+
+
+def temperature_layers(model: PreTrainedModel) -> tuple[bool, ...]:
+    """In which layers a temperature, put into cos and sin, multiplies the attention logits, tried on a few tokens.
+
+    Not where there are no rotary positions, where a part of a head is rotated, or where a norm comes after rotation.
+    """
+    layers = reachable_decoder(model).layers
+
+    def hot(layer: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        cos, sin = given["position_embeddings"]
+        return layer.forward(*args, **given | {"position_embeddings": (2 * cos, 2 * sin)})
+
+    trial = partial(layers_with_temperatures, model, layers, hot)
+    return tried(model, "temperatures", trial, (True,) * len(layers))
+
+
+def _refuse_idle_temperatures(model: PreTrainedModel, temperatures: Sequence[float]) -> None:
+    for layer, (temperature, obeyed) in enumerate(zip(temperatures, temperature_layers(model), strict=True)):
+        if temperature != 1 and not obeyed:
             raise ValueError(
-                f"{type(model).__name__} rotates {2 * inv_freq.numel()} of {head_dim} head dimensions; a temperature "
-                "folded into cos and sin would miss the others, so leave temperatures out"
+                f"temperatures[{layer}] is {temperature:g}, but in layer {layer} of {type(model).__name__} it would "
+                "not multiply the attention logits: cos and sin carry it, and that layer rotates no queries and keys, "
+                "or a part, or normalises them afterwards; leave it 1, or give heads temperatures (HeadScaling)"
             )
 
 

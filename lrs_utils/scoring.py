@@ -29,6 +29,7 @@ from lrs_utils.packed import PRODUCT_ROWS, Layout, Packed, laid_out, pack, round
 from lrs_utils.progress import Progress
 from lrs_utils.scaling import UNSCALED, PositionTables, Scaling, Setting, reachable_decoder
 from lrs_utils.tasks import Probe, Suite
+from lrs_utils.trial import N_TOKENS, logits, same, some_tokens, tried
 
 _TASK_CANDIDATES = 4  # of one batch of contexts in a task for an executor: enough tasks for many workers
 _CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
@@ -216,6 +217,7 @@ def score(
                 for future in waiting:  # after an error; those done don't mind
                     future.cancel()
         elif unknown:
+            refuse_unscorable(lm)
             with attending_by(lm, "lrs_packed"), PositionTables(lm.model) as tables, rounding_alike():
                 room = _Room(lm.model.device, batch_tokens)
                 while missing.any():
@@ -503,10 +505,7 @@ class _Walk:
         self.layers_run += len(children) * len(self._batch.packs)
         layer, numbers = self._layers[index], products([setting for _, setting in children], n, self._lm.model)
         with laid_out(self._layout), multiplied(layer, *numbers):
-            output = layer(hidden, **given | {"position_embeddings": tables[0]})
-        if not isinstance(output, Tensor):
-            raise ValueError(f"{type(layer).__name__} gives more than a tensor, which `score` would lose")
-        return output
+            return _only_hidden(layer, layer(hidden, **given | {"position_embeddings": tables[0]}))
 
     def _judged(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """Verdicts and nll, (copies, contexts, questions), by the model's own last norm and head."""
@@ -529,6 +528,39 @@ class _Walk:
         n_tokens = np.bincount(owner)
         nll = (np.bincount(owner, loss) / n_tokens).astype(np.float32).astype(float)  # as much as an export keeps
         return (np.bincount(owner, hit) == n_tokens).reshape(shape), nll.reshape(shape)
+
+
+def refuse_unscorable(lm: LM) -> None:
+    """Raise the ValueError that names a family whose packed rows are not what its plain forward pass makes of them."""
+    if not tried(lm.model, "score", lambda: _packed_as_plain(lm), True):
+        raise ValueError(
+            f"{type(lm.model).__name__} can't be scored: tried on a few tokens, a context packed with two questions "
+            "gives other logits than the model's own forward pass; its attention does more than causal softmax"
+        )
+
+
+def _packed_as_plain(lm: LM) -> bool:
+    ids, n, context = some_tokens(lm.model, N_TOKENS + 3), N_TOKENS, N_TOKENS - 3
+    texts = ids[:n], torch.cat([ids[:context], ids[n:]])  # a context of five tokens and two branches of three
+    plain = [logits(lm.model, text, torch.arange(n)) for text in texts]
+    positions = torch.cat([torch.arange(n), torch.arange(context, n)])
+    branch = torch.tensor([0] * context + [1] * 3 + [2] * 3)
+    packed = Packed(ids, positions, branch, torch.arange(len(ids)), ids, np.zeros(len(ids), np.int64))
+    layout = Layout([packed], lm.model.device)
+    with attending_by(lm, "lrs_packed"), rounding_alike(), laid_out(layout):
+        hidden, given = entered(lm, layout)
+        # not by a call, whose hooks would scale again what `entered` noted scaled
+        for layer, options in zip(reachable_decoder(lm.model).layers, given, strict=True):
+            hidden = _only_hidden(layer, layer.forward(hidden, **options))
+        found = judged(lm, hidden[0])
+    wanted = torch.cat([plain[0], plain[1][context:]])
+    return same(found, wanted, wanted.roll(1, 0))
+
+
+def _only_hidden(layer: nn.Module, output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"{type(layer).__name__} gives more than a tensor, which `score` would lose")
+    return output
 
 
 def entered(lm: LM, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fitting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -85,12 +86,12 @@ def test_equal_temperatures_of_heads_are_the_temperature_of_their_layer(lm, ids)
         values = [1.0, 1.0]
         values[layer] = 1.7
         heads = scaled_logits(lm, HeadScaling([[t] * 4 for t in values]), ids)
-        of_layer = scaled_logits(lm, LayerScaling((1, 1), temperatures=values), ids)
         assert (heads - logits(lm.model, ids)).abs().max() > 1e-2
         if without_positions:  # the temperature of a layer acts through cos and sin, which this one doesn't read
-            assert torch.equal(of_layer, logits(lm.model, ids))
+            with pytest.raises(ValueError, match=r"temperatures\[1\] is 1.7, but in layer 1 of SmolLM3ForCausalLM"):
+                scaled_logits(lm, LayerScaling((1, 1), temperatures=values), ids)
         else:
-            close(heads, of_layer)
+            close(heads, scaled_logits(lm, LayerScaling((1, 1), temperatures=values), ids))
 
 
 @pytest.mark.parametrize("n_tokens", [70, 4])  # 4: as many tokens as heads, where a shape doesn't tell the axes
@@ -155,14 +156,10 @@ def test_a_folded_model_is_a_plain_one_that_computes_the_same(lm, ids, scaling):
 
 
 def test_temperatures_of_layers_fold_and_factors_do_not(lm, ids):
-    temperatures = LayerScaling((1, 1), temperatures=(0.6, 1.4))
-    if "smollm3" in lm.name:
-        with pytest.raises(ValueError, match="tiny-smollm3 has layers without positions"):
-            temperatures.fold_into(lm.model)
-    else:
-        close(logits(temperatures.fold_into(lm.model), ids), scaled_logits(lm, temperatures, ids))
+    temperatures = fitting(lm, LayerScaling((1, 1), temperatures=(0.6, 1.4)))
+    close(logits(temperatures.fold_into(lm.model), ids), scaled_logits(lm, temperatures, ids))
     with pytest.raises(ValueError, match=f"factors of layers change cos and sin, which no weight of {lm.name} holds"):
-        HeadScaling(gains=GAINS, layers=LAYERS).fold_into(lm.model)
+        HeadScaling(gains=GAINS, layers=fitting(lm, LAYERS)).fold_into(lm.model)
     with pytest.raises(ValueError, match="the factor of layer 1 changes cos and sin"):
         LayerScaling((1.0, 1.2)).fold_into(lm.model)
 
@@ -203,7 +200,7 @@ def teacher_forced(lm, suite):
 
 
 def test_score_measures_what_a_plain_forward_pass_of_the_scaled_model_gives(lm):
-    scaling = HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS)
+    scaling = fitting(lm, HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS))
     with scaling.applied_to(lm.model):
         expected = teacher_forced(lm, SUITE)
     outcomes = score(lm, SUITE, [LayerScaling.identity(2), scaling])
@@ -239,7 +236,7 @@ def test_candidates_laid_end_to_end_and_in_a_trie_are_measured_as_each_alone(lm)
 
 
 def test_cached_generation_equals_uncached(lm, ids):
-    with HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS).applied_to(lm.model):
+    with fitting(lm, HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS)).applied_to(lm.model):
         cached = lm.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
         uncached = ids
         for _ in range(12):
@@ -250,9 +247,9 @@ def test_cached_generation_equals_uncached(lm, ids):
 
 
 def test_factors_of_layers_may_be_given_or_applied_around_or_inside(lm, ids):
-    heads = HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP)
-    given = scaled_logits(lm, HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS), ids)
-    for outer, inner in ((heads, LAYERS), (LAYERS, heads)):
+    heads, layers = HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP), fitting(lm, LAYERS)
+    given = scaled_logits(lm, HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=layers), ids)
+    for outer, inner in ((heads, layers), (layers, heads)):
         with outer.applied_to(lm.model):
             assert torch.equal(scaled_logits(lm, inner, ids), given)
             alone = logits(lm.model, ids)
@@ -278,7 +275,7 @@ def test_a_length_reaches_the_factors(tiny, ids):
 
 def test_hooks_come_off_after_the_block_and_after_an_error(lm, ids):
     bare = logits(lm.model, ids)
-    scaling = HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS)
+    scaling = fitting(lm, HeadScaling(TEMPERATURES, GAINS, mlp_gains=MLP, layers=LAYERS))
     with scaling.applied_to(lm.model):
         assert n_hooks(lm.model) > 0
     assert n_hooks(lm.model) == 0

@@ -93,12 +93,12 @@ def test_candidates_share_equal_first_layers_and_nothing_else(family):
     lm = load_lm(f"tiny-{family}", dtype="float32", device="cpu")
     suite = tasks.kv_retrieval(5, 2, keys="short")
     pairs = [(1.2, 1.0), (1.2, 1.1), (0.9, 1.1), (1.0, 1.0), (1.2, 0.8), (1.0, 1.0), (1.0, 2.0)]
-    scalings = [LayerScaling(pair) for pair in pairs] + [LayerScaling((1.2, 0.8), temperatures=(1.0, 1.3))]
+    scalings = [LayerScaling(pair) for pair in pairs] + [LayerScaling((1.2, 0.8), temperatures=(1.3, 1.0))]
     together = score(lm, suite, scalings)
     alone = [score(lm, suite, [scaling]) for scaling in scalings]
     np.testing.assert_array_equal(together.nll, np.concatenate([one.nll for one in alone]))
-    # a context: first layers 0.9, 1.0, 1.2; then one second layer for each candidate that differs
-    assert together.layers_run == 2 * (3 + 7)
+    # a context: first layers 0.9, 1.0, 1.2 without and with a temperature; then a second layer for each that differs
+    assert together.layers_run == 2 * (4 + 7)
     assert together.layers_alone == sum(one.layers_run for one in alone) == 2 * 8 * 2
 
 
@@ -181,7 +181,7 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(tmp_path):
 
 def test_a_context_that_fits_no_memory_says_so():
     tiny = load_lm("tiny-llama", dtype="float32", device="cpu")
-    out_of_memory_above(tiny, 10)
+    out_of_memory_above(tiny, 30)
     with pytest.raises(torch.OutOfMemoryError) as error:
         score(tiny, tasks.kv_retrieval(3, 2, keys="short"), [SCALINGS[2]], batch_tokens=1000)
     assert "tokens with its 3 questions; ask it at fewer positions" in error.value.__notes__[0]
@@ -230,6 +230,8 @@ def test_a_forward_that_others_put_on_a_layer_is_called_and_kept():
         return original(*args, **kwargs)
 
     layer.forward = theirs
+    score(lm, tasks.kv_retrieval(2, 1, 1, keys="short"), [LayerScaling((1.2, 1.0))])  # a new model is tried first
+    calls.clear()
     score(lm, tasks.kv_retrieval(2, 1, keys="short"), [LayerScaling((1.2, 1.0)), LayerScaling((1.2, 1.1))])
     assert layer.forward is theirs
     assert calls == [1]  # and once for the two, who share it
