@@ -1,6 +1,7 @@
 """Factor files: a scaling and where it came from, as versioned JSON. Some ship with the package."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from lrs_utils.files import write_whole
 from lrs_utils.heads import HeadScaling
+from lrs_utils.models import LM
 from lrs_utils.rope import COMBINATIONS
 from lrs_utils.scaling import LayerScaling, Scaling
 
@@ -42,8 +44,13 @@ def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
     write_whole(path, f"{json.dumps(content | provenance, indent=1, allow_nan=False)}\n")
 
 
-def load_factors(path: str | Path) -> Scaling:
+def load_factors(path: str | Path, lm: LM | None = None) -> Scaling:
     """Read a scaling from a factor file, or one that ships by its name: "smollm2-135m/ga".
+
+    Parameters
+    ----------
+    lm : LM, optional
+        Where the file says that its scaling was found on another model, a UserWarning names both.
 
     Raises
     ------
@@ -53,6 +60,13 @@ def load_factors(path: str | Path) -> Scaling:
         Neither a file nor the name of one that ships; names those that do.
     """
     content = read_factors(path)
+    if lm is not None and content.get("fingerprint", lm.fingerprint) != lm.fingerprint:
+        warnings.warn(
+            f"{path} was found on {content.get('model', 'a model')} with fingerprint {content['fingerprint']}, not on "
+            f"this {lm.name} with {lm.fingerprint}: other weights, settings, tokenizer or precision. What it says of "
+            "accuracy need not hold; measure before you rely on it",
+            stacklevel=2,
+        )
     try:
         if content["version"] == 1:
             return _layers(content)
@@ -73,7 +87,7 @@ def read_factors(path: str | Path) -> dict[str, Any]:
     """A factor file's content, provenance included: what `load_factors` makes a scaling of."""
     try:
         content = json.loads(_found(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a factor file: {error}") from error
     if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
         raise ValueError(f'{path} is not a factor file: it lacks "format": "{_FORMAT}"')

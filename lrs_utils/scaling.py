@@ -334,9 +334,8 @@ class PositionTables:
     Raises
     ------
     ValueError
-        A rope type that recomputes its frequencies, or has none that the scheme can work with.
-    RuntimeError
-        Position embeddings that the model's rotary embedding did not make.
+        A rope type that recomputes its frequencies, or has none that the scheme can work with; position embeddings that
+        the model's rotary embedding did not make.
     """
 
     def __init__(self, model: PreTrainedModel, *, length: int | None = None) -> None:
@@ -371,7 +370,7 @@ class PositionTables:
 
     def __call__(self, given: Any, setting: Setting) -> tuple[Tensor, Tensor]:
         if given is None or given[0] not in self._calls:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self._name} gave a layer position embeddings that its rotary_emb did not make, "
                 "so the layer's factor would have been ignored"
             )
@@ -469,7 +468,8 @@ def reachable_decoder(model: PreTrainedModel) -> Any:
     strange = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if strange:
         raise ValueError(
-            f"{family} can't be scaled by layer: its {', '.join(sorted(strange))} layers read no positions"
+            f"{family} can't be scaled by layer: its {', '.join(sorted(strange))} layers are no causal attention known "
+            "here"
         )
     if any("position_embeddings" not in inspect.signature(type(layer).forward).parameters for layer in layers):
         raise ValueError(f"{family} can't be scaled by layer: its layers take no `position_embeddings`")

@@ -569,7 +569,9 @@ def entered(lm: LM, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
     From the model's own forward, with layers that only take notes.
     """
 
-    def note(hidden: Tensor, **given: Any) -> Tensor:
+    def note(hidden: Tensor, *more: Any, **given: Any) -> Tensor:
+        if more:
+            raise ValueError("its layers are given more than their input by place, which is not known here")
         inputs.append(hidden)
         notes.append(given)
         return hidden

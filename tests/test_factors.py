@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lrs_utils
-from lrs_utils import HeadScaling, LayerScaling, load_factors, save_factors
+from lrs_utils import HeadScaling, LayerScaling, load_factors, load_lm, save_factors
 from lrs_utils.factors import read_factors
 
 SHIPPED = Path(lrs_utils.__file__).parent / "data" / "factors"
@@ -148,3 +149,22 @@ def test_numbers_of_heads_are_rows_of_layers(tmp_path):
     save_factors(tmp_path / "f.json", HeadScaling(gains=GAINS))
     content = json.loads((tmp_path / "f.json").read_text())
     assert content == {"format": "lrs-factors", "version": 2, "head_temperatures": None, "head_gains": GAINS}
+
+
+def test_a_file_nested_too_deeply_is_refused_by_name(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"deep.json is not a factor file"):
+        load_factors(tmp_path / "deep.json")
+
+
+def test_a_file_of_another_model_is_told_apart_where_the_model_is_given(tiny, tmp_path):
+    other = load_lm("tiny-mistral", dtype="float32", device="cpu")
+    save_factors(tmp_path / "f.json", LayerScaling((1.2, 1.0)), model=tiny.name, fingerprint=tiny.fingerprint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_factors(tmp_path / "f.json", tiny) == load_factors(tmp_path / "f.json")
+        save_factors(tmp_path / "bare.json", LayerScaling((1.2, 1.0)))
+        load_factors(tmp_path / "bare.json", other)
+    message = f"f.json was found on tiny-llama with fingerprint {tiny.fingerprint}, not on this tiny-mistral"
+    with pytest.warns(UserWarning, match=message):
+        assert load_factors(tmp_path / "f.json", other).factors == (1.2, 1.0)

@@ -243,3 +243,62 @@ def test_the_embedded_model_loads_offline_once_it_is_cached(smollm2):
     assert found.stdout.strip() == smollm2.fingerprint
     assert smollm2.num_layers == 30
     assert smollm2.window == 8192
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (None, "model is None; give a name, a folder, a .gguf file or a hub id"),
+        (["tiny-llama"], r"model is \['tiny-llama'\]; give a name"),
+        ("no/such/folder", "model 'no/such/folder' is unknown: it is no folder here"),
+        ("missing.gguf", "model 'missing.gguf' is no file here; give the path of a .gguf file that exists"),
+        (".", "holds no model: neither config.json nor a .gguf file"),
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_to_give(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_lm(name)
+
+
+def test_a_folder_of_gguf_files_is_one_model_or_asks_which(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF, but nothing more")
+    assert models._gguf_of(str(tmp_path)) == tmp_path / "a.gguf"
+    with pytest.raises(ValueError, match=r"a.gguf can't be loaded .*; convert it to a transformers model"):
+        load_lm(tmp_path)
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds 2 .gguf files; give one of them: load_lm\('.*a.gguf'\)"):
+        load_lm(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer in .* can't be read .*tokenizer.save_pretrained\(folder\)"):
+        load_lm(tmp_path)
+
+
+def test_a_model_without_weights_is_refused(tiny):
+    with pytest.raises(ValueError, match="device is 'meta', where a model has no weights"):
+        load_lm("tiny-llama", device="meta")
+    empty = models.outline("tiny-llama")
+    with (
+        pytest.raises(ValueError, match="LlamaForCausalLM can't be used here: its weights are on the meta device"),
+        LayerScaling((1.2, 1.0)).applied_to(empty),
+    ):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_weights_that_are_no_tensors_are_refused():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    packed = torch.ao.quantization.quantize_dynamic(lm.model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is quantised in a way .* load it in float32"):
+        score(models.LM(packed, lm.tokenizer, "packed"), tasks.kv_retrieval(2, 1, keys="short"), [LayerScaling((1, 1))])
+
+
+def test_small_buffers_have_a_fingerprint(tiny):
+    lm = load_lm("tiny-llama", dtype="bfloat16", device="cpu")
+    before = lm.fingerprint
+    lm.model.register_buffer("few", torch.zeros(3, dtype=torch.bfloat16))
+    lm.model.register_buffer("none", torch.zeros(0))
+    assert lm.fingerprint != before

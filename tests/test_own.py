@@ -287,3 +287,10 @@ def test_the_format_is_documented_field_by_field():
     text = (SHOP.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"`{field}`" in text for field in own._FIELDS)
     assert tasks.SHOP == SHOP
+
+
+def test_a_line_nested_too_deeply_is_refused_with_its_number(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"deep.jsonl, line 1 is nested too deeply"):
+        tasks.from_jsonl(path)

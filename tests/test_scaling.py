@@ -313,7 +313,7 @@ def test_a_family_with_layers_that_read_no_positions_is_refused_by_name():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("lfm2", vocab_size=300, layer_types=["conv", "full_attention"], **sizes)
     model = AutoModelForCausalLM.from_config(config)
-    message = "Lfm2ForCausalLM can't be scaled by layer: its conv layers read no positions"
+    message = "Lfm2ForCausalLM can't be scaled by layer: its conv layers are no causal attention known here"
     with pytest.raises(ValueError, match=message), LayerScaling.uniform(1.5, 2).applied_to(model):
         pass
 

@@ -97,6 +97,10 @@ def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[s
                 record = json.loads(line.decode("utf-8-sig").strip())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where} is not UTF-8: {error}; save the file as UTF-8") from error
+            except RecursionError as error:
+                raise ValueError(
+                    f"{where} is nested too deeply to be read; each line must be one flat object"
+                ) from error
             except json.JSONDecodeError as error:
                 reason = f"{error.msg} at character {error.pos + 1}"
                 raise ValueError(f"{where} is not JSON: {reason}; each line must be one whole JSON object") from error
