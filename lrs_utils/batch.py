@@ -12,12 +12,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +42,17 @@ class Done:
     """How a notebook's run ended."""
 
     notebook: str
-    status: str  # "ok" or "failed"
+    status: str  # "ok", "failed" or "not run"
     seconds: float
     error: str  # its first line
     digest: str  # of parameters and code
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run notebooks as the command line asks; 1 where one failed, 2 for a wrong command line."""
+    """Run notebooks as the command line asks; 1 where one failed, 2 for a wrong command line, 130 where interrupted.
+
+    Ctrl-C, or SIGINT to this process, stops the notebooks that are running; the summary says how far it came.
+    """
     parser = argparse.ArgumentParser(prog="python -m lrs_utils.reproduce", description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="cpu", help="file in notebooks/profiles (cpu)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of notebooks")
@@ -70,17 +75,23 @@ def main(arguments: Sequence[str]) -> int:
     name = "verify" if options.verify else "-".join([options.profile, *options.given]).replace("/", "-")
     folder = options.out or ROOT / "build" / "runs" / name
     folder = folder.resolve()  # notebooks run elsewhere
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"--out {folder} is a file; give a folder")
     if folder.exists() and any(folder.iterdir()):
         if not _is_run_folder(folder):
             parser.error(f"{folder} is no run folder; it is left as it is: give another --out")
         if not options.resume:
             shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {done.notebook: done for done in _finished(folder)}
+        _write_manifest(folder, options, results)  # which says that this is a run folder
+    except OSError as error:
+        parser.error(f"the run folder can't be made: {error}; give another --out")
     if options.fresh or options.profile == "gpu":
         for name, given in parameters.items():
             _say_cost(name, given)
-    results = {done.notebook: done for done in _finished(folder)}
-    _write_manifest(folder, options, results)
+    running: set[subprocess.Popen[str]] = set()
     lock = threading.Lock()
 
     def run(path: Path) -> None:
@@ -91,16 +102,22 @@ def main(arguments: Sequence[str]) -> int:
             done = known
         else:
             sample = {VERIFY: str(options.seed)} if options.verify else {}
-            done = _executed(path, folder, parameters[path.stem], options.jobs, digest, sample)
+            done = _executed(path, folder, parameters[path.stem], options.jobs, digest, sample, running)
         with lock:
             results[path.stem] = done
             _write_manifest(folder, options, results)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, notebooks))
-    ended = [results[path.stem] for path in notebooks]
+    status, why = _run_all(run, notebooks, options.jobs, running)
+    ended = [results.get(path.stem, Done(path.stem, "not run", 0.0, "", "")) for path in notebooks]
     print(_summary(ended, folder))
-    _write_index(folder, ended)
+    try:
+        _write_manifest(folder, options, results)
+        _write_index(folder, ended)
+    except OSError as error:
+        status, why = status or 1, why or f"{folder} can't be written: {error}"
+    if why:
+        print(why, flush=True)
+        return status
     agree = True
     if options.verify:
         again = compared(folder, ROOT / "data" / "results", options.seed)
@@ -111,6 +128,30 @@ def main(arguments: Sequence[str]) -> int:
             verdict = "agrees" if result.agrees else "DIFFERS"
             print(f"{verdict}  {result.name}: {result.off} of {result.values} values off  {result.note}".rstrip())
     return int(not agree or any(done.status != "ok" for done in ended))
+
+
+def _run_all(
+    run: Callable[[Path], None], notebooks: Sequence[Path], jobs: int, running: set[subprocess.Popen[str]]
+) -> tuple[int, str]:
+    """Run each notebook, `jobs` at a time; the status and a sentence where it ended early, else 0 and nothing."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(run, path) for path in notebooks]):
+            future.result()
+    except KeyboardInterrupt:
+        ended = 130, "interrupted: what was measured is in the ledger; the same command with --resume goes on"
+    except OSError as error:
+        ended = 1, f"stopped: {error}; make room, or give another --out, and go on with --resume"
+    else:
+        ended = 0, ""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in [*running]:
+        process.send_signal(signal.SIGINT)  # papermill ends its kernel
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+        process.kill()
+    pool.shutdown()
+    return ended
 
 
 def _say_cost(notebook: str, parameters: Mapping[str, Any]) -> None:
@@ -154,7 +195,11 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
         if not any(name in names for names in known.values()):
             all_names = sorted(set().union(*known.values()) - {"profile"})
             raise ValueError(f"none of the chosen notebooks has a parameter {name!r}; they have {', '.join(all_names)}")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = str(getattr(error, "problem", error))
+            raise ValueError(f"-p {text!r}: the value is no YAML ({reason}); a list is [1, 2], a text 'a'") from error
     fresh = {"fresh": True} if options.fresh else {}
     return {
         name: {"profile": options.profile} | {k: v for k, v in (given | fresh).items() if k in names}
@@ -173,7 +218,13 @@ def _digest(path: Path, parameters: dict[str, Any]) -> str:
 
 
 def _executed(
-    path: Path, folder: Path, parameters: dict[str, Any], jobs: int, digest: str, sample: Mapping[str, str]
+    path: Path,
+    folder: Path,
+    parameters: dict[str, Any],
+    jobs: int,
+    digest: str,
+    sample: Mapping[str, str],
+    running: set[subprocess.Popen[str]],
 ) -> Done:
     out, start = folder / path.name, time.monotonic()
     command = [sys.executable, "-m", "papermill", str(path), str(out), "--log-output", "--no-progress-bar"]
@@ -183,8 +234,10 @@ def _executed(
         environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     print(f"{path.stem}: started", flush=True)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace",
+        start_new_session=True,  # Ctrl-C reaches it through this process, once
+    )  # fmt: skip
+    running.add(process)
     assert process.stdout is not None
     last_line = time.monotonic()
     last = "no output"
@@ -195,6 +248,7 @@ def _executed(
             last_line = time.monotonic()
             print(f"{path.stem}: {step[1]} {step[2]} %, {step[5]} left{step[6].rstrip()[:80]}", flush=True)
     failed = process.wait() != 0
+    running.discard(process)
     seconds = time.monotonic() - start
     killed = f"killed by signal {-process.returncode}" if process.returncode < 0 else last
     error = (_first_error(out) or killed) if failed else ""

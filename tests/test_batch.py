@@ -1,4 +1,9 @@
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -104,6 +109,7 @@ def test_a_run_folder_may_be_given_relative_and_a_killed_notebook_is_told(collec
         (["--profile", "smoke", "-p", "m=2"], "none of the chosen notebooks has a parameter 'm'; they have fresh, n"),
         (["--profile", "smoke", "-p", "profile=gpu"], "a profile is given as --profile"),
         (["--profile", "smoke", "-p", "n"], "-p 'n' is not of the form NAME=VALUE"),
+        (["--profile", "smoke", "-p", "n=[1, 2"], "-p 'n=[1, 2': the value is no YAML (expected ',' or ']', but got"),
         (["--profile", "smoke", "--jobs", "0"], "--jobs is 0"),
         (["--profile", "smoke", "--verify"], "--verify runs what is committed: profile cpu as it is"),
     ],
@@ -144,3 +150,60 @@ def test_what_it_costs_is_said_before_anything_runs(collection, capsys, monkeypa
     assert printed[:3] == said
     assert main(["--profile", "smoke"]) == 0
     assert "roughly" not in capsys.readouterr().out
+
+
+def test_an_interrupt_stops_the_running_notebook_and_tells_what_was_done(collection):
+    ran, never = (str(collection / name) for name in ("pid", "never"))
+    code = f"import os, pathlib, time\npathlib.Path({ran!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    notebook(collection / "notebooks", "02_fails", code)
+    notebook(collection / "notebooks", "03_prints", f"open({never!r}, 'w')")
+    command = (
+        "import pathlib, sys; from lrs_utils import batch; batch.ROOT = pathlib.Path(sys.argv[1]); "
+        "sys.exit(batch.main(['--profile', 'smoke']))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", command, collection], stdout=subprocess.PIPE, text=True)
+    waited = time.monotonic()
+    while not Path(ran).exists() or not Path(ran).read_text():
+        assert time.monotonic() - waited < 120
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    printed, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    *_, first, second, third, _, why = printed.splitlines()
+    assert [line.split()[::2][:2] for line in (first, second)] == [["01_draws", "ok"], ["02_fails", "failed"]]
+    assert third.endswith("not run")
+    assert "Traceback" not in printed
+    assert why.startswith("interrupted: what was measured is in the ledger")
+    assert not Path(never).exists()
+    kernel, waited = int(Path(ran).read_text()), time.monotonic()
+    while Path(f"/proc/{kernel}").exists():  # no kernel goes on by itself
+        assert time.monotonic() - waited < 30
+        time.sleep(0.1)
+
+
+def test_a_full_disk_ends_with_a_sentence_and_a_summary(collection, capsys, monkeypatch):
+    write, calls = batch._write_manifest, []
+
+    def full(*given):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        write(*given)
+
+    monkeypatch.setattr(batch, "_write_manifest", full)
+    assert main(["--profile", "smoke", "--only", "01", "03"]) == 1
+    *_, first, second, _, why = capsys.readouterr().out.splitlines()
+    assert first.split()[2] == "ok"
+    assert second.split()[0] == "03_prints"
+    assert (
+        why == "stopped: [Errno 28] No space left on device; make room, or give another --out, and go on with --resume"
+    )
+
+
+def test_a_folder_that_can_not_be_is_refused_with_a_sentence(collection, capsys):
+    (collection / "file").write_text("mine")
+    for out, message in (("file", "file is a file; give a folder"), ("file/below", "the run folder can't be made")):
+        with pytest.raises(SystemExit):
+            main(["--profile", "smoke", "--only", "01", "--out", str(collection / out)])
+        assert message in capsys.readouterr().err
+    assert (collection / "file").read_text() == "mine"
