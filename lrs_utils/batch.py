@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--profile", default="cpu", help="file in notebooks/profiles (cpu)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of notebooks")
     parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at the same time (1)")
     parser.add_argument("--resume", action="store_true", help="skip what finished with the same parameters and code")
     parser.add_argument("--verify", action="store_true", help="measure a sample of what is committed again and compare")
@@ -141,7 +141,7 @@ def _run_all(
     except KeyboardInterrupt:
         ended = 130, "interrupted: what was measured is in the ledger; the same command with --resume goes on"
     except OSError as error:
-        ended = 1, f"stopped: {error}; make room, or give another --out, and go on with --resume"
+        ended = 1, f"stopped: {error}; make room and go on with --resume"
     else:
         ended = 0, ""
     pool.shutdown(wait=False, cancel_futures=True)
@@ -158,7 +158,11 @@ def _say_cost(notebook: str, parameters: Mapping[str, Any]) -> None:
     profile = profiles(ROOT)[parameters["profile"]]
     try:
         print(announced(notebook, yaml.safe_load(profile.read_text(encoding="utf-8")) | parameters), flush=True)
-    except (MemoryError, OSError, ValueError) as error:  # too large, or not to be had: the notebook will fail alike
+    except (
+        MemoryError,
+        OSError,
+        ValueError,
+    ) as error:  # too large, or out of reach: the notebook will fail in the same way
         print(error, flush=True)
 
 

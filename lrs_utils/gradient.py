@@ -71,11 +71,9 @@ def refuse_space(lm: LM, vary: str) -> None:
     }
     names = {name.removeprefix("=") for name in SPACES[vary]}
     if "temperatures" in names:
-        # layers where they are idle keep theirs, having no gradient
-        twos_there = [2.0 if obeyed else 1.0 for obeyed in temperature_layers(lm.model)]
-        if 2.0 not in twos_there:
-            twos_there = [2.0] * lm.num_layers
-        LayerScaling((1.0,) * lm.num_layers, temperatures=twos_there).refuse_misfit(lm.model)
+        obeyed = temperature_layers(lm.model)  # where they are idle there is no gradient, and they stay 1
+        some = [2.0 if here or not any(obeyed) else 1.0 for here in obeyed]
+        LayerScaling((1.0,) * lm.num_layers, temperatures=some).refuse_misfit(lm.model)
     heads = [twos[name] if name in names else None for name in ("head_temperatures", "head_gains")]
     if {*HEAD_NUMBERS} & names:
         HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)

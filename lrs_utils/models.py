@@ -167,7 +167,7 @@ def _gguf_of(name: str) -> Path | None:
         if not path.is_file():
             raise ValueError(f"model {name!r} is no file here; give the path of a .gguf file that exists")
         return path
-    if not name or not path.is_dir() or (path / "config.json").exists():
+    if name in (EMBEDDED, SMALL) or not name or not path.is_dir() or (path / "config.json").exists():
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
@@ -247,13 +247,13 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
         for name, value in text.to_dict().items()
         if name not in _SETTINGS_THAT_DO_NOT_COUNT and (name not in usual or value != usual[name])
     }
-    for name, tensor in model.state_dict().items():
+    state = dict(sorted(model.state_dict().items()))
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"{type(model).__name__} is quantised in a way that can't be told apart: its {name} is a "
                 f"{type(tensor).__name__}, no tensor; load it in float32, bfloat16 or float16"
             )
-    state = {name: tensor.detach() for name, tensor in sorted(model.state_dict().items())}
     described = [type(model).__name__, sorted(settings.items()), tokenizer(_SAMPLE)["input_ids"]]
     described += [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in state.items()]
     stamp = (repr(described), torch.stack([_sum(tensor).cpu() for tensor in state.values()]).numpy().tobytes())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lrs_utils.models import used_alone
+
 N_TOKENS = 8
 _ALIKE = 0.1  # of how far the other result is: rounding in bfloat16 is a few hundredths, another function about 1
 _Result = TypeVar("_Result")
@@ -28,21 +30,21 @@ def tried(model: PreTrainedModel, name: str, trial: Callable[[], _Result], meanw
     ValueError
         Whatever the trial raised, with the family's name before it.
     """
-    results = _results.setdefault(model, {})
-    if name not in results:
-        results[name] = meanwhile
-        try:
-            if model.device.type == "meta":
-                raise ValueError("its weights are on the meta device, so there are none; load it on a CPU or GPU")
-            with _undisturbed(model):
-                results[name] = trial()
-        except torch.OutOfMemoryError:
-            del results[name]
-            raise
-        except Exception as error:
-            del results[name]
-            raise ValueError(f"{type(model).__name__} can't be used here: {_sentence(error)}") from error
-    return results[name]  # type: ignore[no-any-return]
+    with used_alone(model):  # another thread would see `meanwhile`, or a scale that a trial has changed
+        results = _results.setdefault(model, {})
+        if name not in results:
+            results[name] = meanwhile
+            try:
+                if model.device.type == "meta":
+                    raise ValueError("its weights are on the meta device, so there are none; load it on a CPU or GPU")
+                with _undisturbed(model):
+                    results[name] = trial()
+            except BaseException as error:  # also Ctrl-C: nothing was found out
+                del results[name]
+                if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+                    raise
+                raise ValueError(f"{type(model).__name__} can't be used here: {_sentence(error)}") from error
+        return results[name]  # type: ignore[no-any-return]
 
 
 def obeys_factors(model: PreTrainedModel, halved: AbstractContextManager[None]) -> bool:

@@ -195,9 +195,7 @@ def test_a_full_disk_ends_with_a_sentence_and_a_summary(collection, capsys, monk
     *_, first, second, _, why = capsys.readouterr().out.splitlines()
     assert first.split()[2] == "ok"
     assert second.split()[0] == "03_prints"
-    assert (
-        why == "stopped: [Errno 28] No space left on device; make room, or give another --out, and go on with --resume"
-    )
+    assert why == "stopped: [Errno 28] No space left on device; make room and go on with --resume"
 
 
 def test_a_folder_that_can_not_be_is_refused_with_a_sentence(collection, capsys):

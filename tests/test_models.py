@@ -302,3 +302,9 @@ def test_small_buffers_have_a_fingerprint(tiny):
     lm.model.register_buffer("few", torch.zeros(3, dtype=torch.bfloat16))
     lm.model.register_buffer("none", torch.zeros(0))
     assert lm.fingerprint != before
+
+
+def test_a_folder_by_the_name_of_the_embedded_model_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / models.EMBEDDED).mkdir()
+    assert models._gguf_of(models.EMBEDDED) is None

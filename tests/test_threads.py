@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
 from lrs_utils.entropy import logits_by_distance
@@ -13,6 +14,7 @@ from lrs_utils.free_text import continue_freely
 from lrs_utils.gradient import nll_gradient
 from lrs_utils.perplexity import window_nll
 from lrs_utils.scoring import generate_answers
+from lrs_utils.trial import tried
 
 SUITE = tasks.kv_retrieval(4, 2, keys="short")
 SCALINGS = [
@@ -95,3 +97,28 @@ def test_a_model_in_training_mode_is_refused(lm, use):
     lm.model.train()
     with pytest.raises(ValueError, match=r"tiny-llama is in training mode.*model\.eval\(\)"):
         USES[use](lm)
+
+
+def test_a_family_that_ignores_factors_is_refused_to_every_thread():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("phimoe", vocab_size=257, num_key_value_heads=2, num_local_experts=4, **sizes)
+    for _ in range(5):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        together = threading.Barrier(4)
+
+        def refused(_, model=model, together=together):
+            together.wait()
+            with pytest.raises(ValueError, match="PhimoeForCausalLM can't be scaled by layer: tried on 8 tokens"):
+                LayerScaling((1.3, 0.8)).refuse_misfit(model)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(refused, range(4)))
+
+
+def test_a_trial_that_was_interrupted_has_found_nothing_out(lm):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tried(lm.model, "a trial", interrupted, True)
+    assert tried(lm.model, "a trial", lambda: False, True) is False

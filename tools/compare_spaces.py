@@ -30,7 +30,7 @@ SEARCHED = {
 }
 TESTED = {"uuid": partial(tasks.kv_retrieval, 20), "short": partial(tasks.kv_retrieval, 40, keys="short")}
 TEST_SEED = 30_000
-RECIPE: dict[str, Any] = {"contexts": (16, 8, 2), "steps": 48, "stretches": 16, "questions": 12, "text_weight": 4.0}
+RECIPE: dict[str, Any] = {"contexts": (16, 8, 2), "steps": 48, "stretches": 8, "questions": 12, "text_weight": 4.0}
 
 
 def main() -> None:

@@ -3,16 +3,14 @@
     python tools/list_families.py
 
 Each row of data/results/families.csv is a model type. A verdict is "exact" where what a scaling does was found to be
-what something else computes: factors, transformers' own `linear` rope type (or frequencies
-divided, where another type is a family's own); temperatures, attention's own scale; gains,
-the output projection's weight; score, a plain forward pass for each question; generate, a forward pass for each token.
+what something else computes: factors, transformers' own `linear` rope type (or frequencies divided, where another
+type is a family's own); temperatures, attention's own scale; gains, the output projection's weight; score, a plain
+forward pass for each question; generate, a forward pass for each token.
 Otherwise it is "refused", with what `lrs_utils` says, or "wrong", which `tests/test_families.py` forbids.
 """
 
-import contextlib
 import copy
 import gc
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +26,7 @@ from lrs_utils.files import write_whole
 from lrs_utils.models import LM, _character_tokenizer
 from lrs_utils.progress import Progress
 from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import versions
+from lrs_utils.reproduce import revision, versions
 
 TABLE = ROOT / "data" / "results" / "families.csv"
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -56,7 +54,7 @@ def main() -> None:
             rows.append(verdicts(model_type))
             bar.advance(1, model_type)
             gc.collect()
-    about = f"# python tools/list_families.py | {versions()}"
+    about = f"# python tools/list_families.py | {versions()} | code {revision()}"
     write_whole(TABLE, f"{about}\n{pd.DataFrame(rows).to_csv(index=False)}")
     kinds = pd.DataFrame(rows).iloc[:, 2:].map(lambda verdict: str(verdict).partition(":")[0])
     print(kinds.apply(pd.Series.value_counts).fillna(0).astype(int))
@@ -203,6 +201,4 @@ def _short(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()
