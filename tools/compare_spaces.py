@@ -30,13 +30,13 @@ SEARCHED = {
 }
 TESTED = {"uuid": partial(tasks.kv_retrieval, 20), "short": partial(tasks.kv_retrieval, 40, keys="short")}
 TEST_SEED = 30_000
-RECIPE: dict[str, Any] = {"contexts": (16, 8, 2), "steps": 48, "stretches": 8, "questions": 12, "text_weight": 4.0}
+RECIPE: dict[str, Any] = {"contexts": (16, 8, 2), "steps": 48, "stretches": 24, "questions": 12, "text_weight": 4.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32", help="outcomes are filed by precision")
+    parser.add_argument("--dtype", default="bfloat16", help="outcomes are filed by precision")
     parser.add_argument("--tasks", nargs="+", default=["both"], choices=SEARCHED)
     parser.add_argument(
         "--spaces", nargs="+", default=["head_gains", "head_temperatures", "heads", "layers", "outputs"]
