@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, default=5, help="of what is drawn")
     options = parser.parse_args()
-    lm, ledger = load_lm(options.model, dtype="float32"), Ledger(cache_folder() / "ledger.sqlite")
+    lm, ledger = load_lm(options.model, dtype="bfloat16"), Ledger(cache_folder() / "ledger.sqlite")
     scalings: list[tuple[str, float, Scaling]] = [("no scaling", 0.0, LayerScaling.identity(lm.num_layers))]
     scalings += [(name, dose, load_factors(name).at_dose(dose)) for name in options.factors for dose in (0.5, 1.0, 1.5)]
     rows = []

@@ -2,8 +2,8 @@
 
     python tools/try_recipes.py
 
-A row of data/results/recipes.csv is one recipe, with what it gains on test contexts and what it costs. Recipes differ
-from the first in what their names say. Killed, the same command goes on where it was.
+A row of data/results/recipes.csv is one recipe, with what it gains on test contexts and what it costs. The first is
+that of `make demo`; the others differ from it in what their names say. Killed, the same command goes on where it was.
 """
 
 from functools import partial
@@ -16,28 +16,31 @@ from lrs_utils.files import cache_folder, write_whole
 from lrs_utils.repository import ROOT
 from lrs_utils.reproduce import revision, versions
 
-FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 30, "steps": 14, "rate": 0.05, "text_weight": 2.0, "questions": 8}
+FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 24, "steps": 12, "rate": 0.05, "text_weight": 3.0, "questions": 8}
 TRIED: dict[str, dict[str, Any]] = {
-    "first": {},
-    "text weight 3, 16 steps": {"text_weight": 3.0, "steps": 16, "questions": 10},
+    "the demo's": {},
     "text weight 1": {"text_weight": 1.0},
+    "text weight 6": {"text_weight": 6.0},
+    "6 steps": {"steps": 6},
+    "24 steps": {"steps": 24},
     "rate 0.1": {"rate": 0.1},
-    "8 steps": {"steps": 8},
-    "20 pairs": {"n_pairs": 20},
+    "40 pairs": {"n_pairs": 40},
+    "16 search contexts": {"contexts": (16, 6, 12)},
     "temperatures of heads": {"space": "head_temperatures"},
+    "temperatures and gains": {"space": "heads"},
     "10 UUID pairs": {"keys": "uuid", "n_pairs": 10},
 }
-SIZES = {"contexts": (8, 6, 8), "stretches": 6}
+SIZES: dict[str, Any] = {"contexts": (8, 6, 12), "stretches": 5}
 
 
 def main() -> None:
-    lm = load_lm("smollm2-135m", dtype="float32")
+    lm = load_lm("smollm2-135m", dtype="bfloat16")
     ledger = Ledger(cache_folder() / "recipes.sqlite")
     rows = []
     for name, changed in TRIED.items():
         recipe = FIRST | changed
         task = partial(tasks.kv_retrieval, recipe.pop("n_pairs"), keys=recipe.pop("keys"))
-        found = find_scaling(lm, task, ledger=ledger, **SIZES, **recipe)
+        found = find_scaling(lm, task, ledger=ledger, **(SIZES | recipe))
         print(f"{name}: {found}", flush=True)
         accuracy = found.row(found.judged.tasks[0].name, "accuracy")
         text = found.row("text", "perplexity, not seen")
