@@ -3,6 +3,7 @@
 import math
 import operator
 from contextlib import suppress
+from types import UnionType
 from typing import Any
 
 
@@ -32,6 +33,12 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     if not _within(found, least, most):
         raise ValueError(f"{name} is {value!r}; it must be{_limits(None, least, most)}")
     return found
+
+
+def instance(name: str, value: Any, kind: type | UnionType, mend: str) -> None:
+    """Refuse what is no instance of a type; `mend` says what to give."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {' '.join(repr(value).split()):.80}; give {mend}")
 
 
 def _within(value: float, least: float | None, most: float | None) -> bool:

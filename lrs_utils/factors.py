@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lrs_utils.arguments import instance
 from lrs_utils.files import write_whole
 from lrs_utils.heads import HeadScaling
 from lrs_utils.models import LM
@@ -85,6 +86,7 @@ def shipped() -> list[str]:
 
 def read_factors(path: str | Path) -> dict[str, Any]:
     """A factor file's content, provenance included: what `load_factors` makes a scaling of."""
+    instance("path", path, str | Path, "a factor file or the name of one that ships")
     try:
         content = json.loads(_found(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

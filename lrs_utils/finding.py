@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lrs_utils import free_text
+from lrs_utils.arguments import instance
 from lrs_utils.files import cache_folder
 from lrs_utils.found import Found, Judged, measures
 from lrs_utils.gradient import PRICE, SPACES, GradientSearch, refuse_space
@@ -129,11 +130,12 @@ def find_scaling(
         A task that gives the same contexts for every seed, a file with too few contexts, a text that is too short, a
         space that the model's family can't have, `minutes` that are too few; and what `score` raises.
     """
+    instance("lm", lm, LM, "what `load_lm` returns")
+    if task is None or task in ([], ()):
+        raise ValueError(f"task is {task}; give a function, a suite or the path of a file, or a list of them")
     _refuse_bad(space, max_perplexity_rise, minutes, steps, contexts, {"stretches": stretches, "questions": questions})
     started = time.monotonic()
     given = [task] if isinstance(task, str | Path | Suite) or callable(task) else list(task)
-    if not given:
-        raise ValueError("task is an empty list; give a function, a suite or the path of a file")
     vary = {"auto": AUTO, "layers": "both"}.get(space, space)
     refuse_space(lm, vary)
     ledger = Ledger(cache_folder() / "ledger.sqlite") if ledger is None else ledger

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lrs_utils.arguments import instance
 from lrs_utils.heads import multiplied, products
 from lrs_utils.ledger import Ledger
 from lrs_utils.models import LM, attending_by, decode, load_lm
@@ -149,7 +150,10 @@ def score(
         raise ValueError(f"batch_tokens is {batch_tokens}; give 1 or more, or None to have it found")
     if isinstance(scalings, Scaling):
         raise ValueError("scalings is a single scaling; give a list: score(lm, suite, [scaling])")
-    for scaling in scalings:
+    instance("lm", lm, LM, "what `load_lm` returns")
+    instance("suite", suite, Suite, "a suite: tasks.kv_retrieval(20), say")
+    for c, scaling in enumerate(scalings):
+        instance(f"scalings[{c}]", scaling, Scaling, "a LayerScaling or a HeadScaling")
         scaling.refuse_misfit(lm.model)
     fingerprint = lm.fingerprint
     dynamic = any(scaling.stretches_by_length for scaling in scalings)

@@ -5,7 +5,18 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lrs_utils import GeneticSearch, GradientSearch, LayerScaling, RandomSearch, load_lm, score, search, tasks
+from lrs_utils import (
+    GeneticSearch,
+    GradientSearch,
+    LayerScaling,
+    RandomSearch,
+    find_scaling,
+    load_factors,
+    load_lm,
+    score,
+    search,
+    tasks,
+)
 from lrs_utils.arguments import number, whole
 from lrs_utils.perplexity import window_nll
 from lrs_utils.search import utilisation_then_nll
@@ -53,6 +64,18 @@ def nan(outcomes):
         (lambda _: LayerScaling([1.0, 1e308]), r"factors\[1\] is 1e\+308; .* at most 1e\+06"),
         (lambda _: LayerScaling({1.0, 1.2}), "factors must be a sequence of numbers, one a layer"),
         (lambda lm: window_nll(lm, "word " * 90, [64], stride=0), "stride is 0; it must be at least 1"),
+        (lambda lm: score(lm, SUITE, ["1.2"]), r"scalings\[0\] is '1.2'; give a LayerScaling or a HeadScaling"),
+        (lambda lm: score(lm, None, [LayerScaling((1.0, 1.2))]), "suite is None; give a suite"),
+        (
+            lambda lm: score(lm.model, SUITE, [LayerScaling((1.0, 1.2))]),
+            "lm is LlamaFor.*; give what `load_lm`",
+        ),
+        (lambda _: find_scaling(None, SUITE), "lm is None; give what `load_lm` returns"),
+        (lambda lm: find_scaling(lm, None), "task is None; give a function, a suite or the path of a file"),
+        (lambda lm: find_scaling(lm, []), r"task is \[\]; give a function, a suite or the path of a file"),
+        (lambda _: load_factors(None), "path is None; give a factor file or the name of one that ships"),
+        (lambda _: tasks.kv_retrieval("3", 1), "n_pairs is '3'; give a whole number at least 1"),
+        (lambda _: tasks.kv_retrieval(3, 0), "n_contexts is 0; it must be at least 1"),
         (lambda _: tasks.kv_retrieval(3, 1, positions=[1.5]), "a position is 1.5; give a whole number"),
         (lambda _: tasks.kv_retrieval(3, 1, positions=[3]), r"position 3 is outside the 3 pairs \(0 to 2\)"),
     ],

@@ -163,8 +163,7 @@ def _generated(n_pairs: int, n_contexts: int, seed: int, keys: str) -> list[Reco
     if keys not in _PAIRS:
         raise ValueError(f"keys is {keys!r}; choose one of {', '.join(_PAIRS)}")
     for name, value in (("n_pairs", n_pairs), ("n_contexts", n_contexts)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+        whole(name, value, least=1)
     records = []
     for context in range(n_contexts):
         rng = np.random.default_rng([seed, context])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lrs_utils.arguments import whole
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
 _HEAD = (
@@ -32,8 +33,7 @@ def passkey(
     list of Suite, in the order of `depths`
     """
     for name, value in (("n_fillers", n_fillers), ("n_contexts", n_contexts)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+        whole(name, value, least=1)
     outside = [d for d in depths if not 0 <= d <= 1]
     if outside:
         raise ValueError(f"depth {outside[0]} is outside 0 to 1")
