@@ -2,8 +2,7 @@
 
     python tools/kill_searches.py
 
-Each search runs once undisturbed and once with `--kills` times SIGKILL, each after a random part of what was left,
-each with a ledger of its own. Rows of data/results/kills.csv: whether every candidate, every fitness and every row of
+Each search runs once undisturbed, and again with `--kills` times SIGKILL, each after a random part of what was left. Rows of data/results/kills.csv: whether every candidate, every fitness and every row of
 the ledger is the same to the last bit.
 """
 
@@ -65,24 +64,27 @@ def _search(model: str, path: str, method: str, dtype: str) -> str:
 
 def _compare(model: str, method: str, dtype: str, kills: int, rng: random.Random) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("undisturbed.sqlite", "killed.sqlite")]
-        undisturbed = _finish(_start(model, paths[0], method, dtype))
-        whole = _count(paths[0])
+        alone, killed = Path(folder) / "undisturbed.sqlite", [Path(folder) / "killed-0.sqlite"]
+        ending = _finish(_start(model, alone, method, dtype))
+        whole = _count(alone)
         known: list[int] = []
-        for _ in range(kills):
-            victim, least = _start(model, paths[1], method, dtype), known[-1] if known else 0
-            at = rng.randint(least + 1, least + max(1, 2 * (whole - least) // (kills - len(known) + 2)))
-            while _count(paths[1]) < at and victim.poll() is None:
+        while len(known) < kills:
+            victim, least = _start(model, killed[-1], method, dtype), _count(killed[-1])
+            at = rng.randint(least + 1, max(least + 1, whole - 1))
+            while _count(killed[-1]) < at and victim.poll() is None:
                 time.sleep(0.005)
             victim.send_signal(signal.SIGKILL)
-            if victim.wait() != -signal.SIGKILL:
-                raise RuntimeError(f"the search ended before it was killed:\n{victim.communicate()[1][-2000:]}")
-            known.append(_count(paths[1]))
-        killed = _finish(_start(model, paths[1], method, dtype))
+            if victim.wait() == -signal.SIGKILL:
+                known.append(_count(killed[-1]))
+            else:  # it ended before: kill another
+                killed.append(Path(folder) / f"killed-{len(killed)}.sqlite")
+        endings = [_finish(_start(model, path, method, dtype)) for path in killed]
         return {
-            "method": method, "dtype": dtype, "kills": kills, "rows of the ledger": whole,
-            "known when it was killed": " ".join(map(str, known)), "same candidates": undisturbed[0] == killed[0],
-            "same fitness": undisturbed[1] == killed[1], "same rows": _rows(paths[0]) == _rows(paths[1]),
+            "method": method, "dtype": dtype, "searches": len(killed), "kills": kills, "rows of the ledger": whole,
+            "known when it was killed": " ".join(map(str, known)),
+            "same candidates": all(found[0] == ending[0] for found in endings),
+            "same fitness": all(found[1] == ending[1] for found in endings),
+            "same rows": all(_rows(path) == _rows(alone) for path in killed),
         }  # fmt: skip
 
 
