@@ -2,8 +2,9 @@
 
     python tools/kill_searches.py
 
-Each search runs once undisturbed, and again with `--kills` times SIGKILL, each after a random part of what was left. Rows of data/results/kills.csv: whether every candidate, every fitness and every row of
-the ledger is the same to the last bit.
+Each search runs once undisturbed, and again with `--kills` times SIGKILL, each after a random part of what was left.
+Rows of data/results/kills.csv: whether every candidate, every fitness and every row of the ledger is the same to the
+last bit.
 """
 
 import argparse
