@@ -9,16 +9,17 @@ RUN := $(BIN)/papermill --log-output --no-progress-bar
 
 # two workers of one thread each: torch's threads would wait for each other
 WORKERS ?= 2
+PROFILE ?= cpu
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST := torch==2.9.0 transformers==5.20.0
 
-.PHONY: demo test test-oldest bench lint model texts clean
+.PHONY: demo reproduce test test-oldest bench lint model texts clean
 
 demo: texts
 	@mkdir -p build
 	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -p profile demo
 	@$(BIN)/jupyter nbconvert --log-level WARN --to html build/demo.ipynb
-	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
+	@$(BIN)/python tools/reproduce.py build/demo.ipynb
 	@echo "page:        $(CURDIR)/build/demo.html"
 
 test: lint texts
@@ -31,8 +32,12 @@ test-oldest: texts
 		--constraint build/oldest/constraints.txt --editable '.[$(EXTRAS)]'
 	OMP_NUM_THREADS=1 build/oldest/bin/python $(PYTEST)
 
+# all notebooks by papermill into build/runs: make reproduce PROFILE=smoke
+reproduce: .venv/installed
+	$(BIN)/python tools/reproduce.py --profile $(PROFILE)
+
 bench: model
-	$(BIN)/python -m lrs_utils.benchmark
+	$(BIN)/python tools/benchmark.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

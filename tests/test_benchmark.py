@@ -2,11 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_packed import seen_densely
-from torch.utils.flop_counter import FlopCounterMode
-
-from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
-from lrs_utils.benchmark import (
+from benchmark import (
     ALL,
     ALONE,
     GENERATE,
@@ -23,10 +19,14 @@ from lrs_utils.benchmark import (
     summary,
     with_searches,
 )
-from lrs_utils.packed import PRODUCT_ROWS, pack
-from lrs_utils.plots import benchmark
+from test_packed import seen_densely
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
+from lrs_utils.analysis.plots import benchmark
 from lrs_utils.progress import Progress
-from lrs_utils.search import SearchResult
+from lrs_utils.scoring.packing import PRODUCT_ROWS, pack
+from lrs_utils.searchers.engine import SearchResult
 
 
 def test_operations_are_those_that_torch_counts(tiny):

@@ -16,24 +16,14 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lrs_utils import (
-    LM,
-    HeadScaling,
-    LayerScaling,
-    Ledger,
-    Outcomes,
-    find_scaling,
-    finding,
-    free_text,
-    gradient,
-    load_factors,
-    load_lm,
-    tasks,
-)
-from lrs_utils.factors import read_factors
-from lrs_utils.found import FIFTHS
-from lrs_utils.gradient import SPACES, numbers_of
+from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, Outcomes, find_scaling, load_factors, load_lm, tasks
+from lrs_utils.finding import free_text
+from lrs_utils.finding import recipe as finding
+from lrs_utils.finding.found import FIFTHS
 from lrs_utils.progress import Progress
+from lrs_utils.scaling.files import read_factors
+from lrs_utils.searchers import gradient
+from lrs_utils.searchers.gradient import SPACES, numbers_of
 from lrs_utils.tasks import Probe, Question, Suite
 
 # words that say where in a text they stand; thirds of it begin and end between words

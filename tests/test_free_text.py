@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, free_text, load_lm
-from lrs_utils.free_text import OPENINGS, continue_freely, distinct_trigrams, near_repeats
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm
+from lrs_utils.finding import free_text
+from lrs_utils.finding.free_text import OPENINGS, continue_freely, distinct_trigrams, near_repeats
 
 SCALING = HeadScaling(gains=[[1.3, 0.7, 1.0, 2.0], [0.9, 1.6, 0.4, 1.1]], layers=LayerScaling((1.2, 0.9), "ntk"))
 

@@ -10,10 +10,11 @@ import pytest
 from conftest import fitting
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, gradient, load_lm, score, search, tasks
-from lrs_utils.gradient import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, nll_gradient, numbers_of
-from lrs_utils.packed import pack
-from lrs_utils.search import mixture
+from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
+from lrs_utils.scoring.packing import pack
+from lrs_utils.searchers import gradient
+from lrs_utils.searchers.engine import mixture
+from lrs_utils.searchers.gradient import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, nll_gradient, numbers_of
 
 SUITE = tasks.kv_retrieval(2, 3, keys="short")
 
@@ -359,7 +360,7 @@ def test_a_family_that_rotates_a_part_is_refused_temperatures_by_name():
 KILLED = """
 import sys
 from lrs_utils import GradientSearch, Ledger, load_lm, search, tasks
-from lrs_utils.search import mixture
+from lrs_utils.searchers.engine import mixture
 lm = load_lm("tiny-llama", dtype="float32", device="cpu")
 suite = tasks.kv_retrieval(6, 5, keys="short")
 ledger = Ledger(sys.argv[1])
@@ -391,7 +392,7 @@ def test_a_killed_gradient_search_ends_as_an_undisturbed_one(tmp_path):
 
 
 def test_gradients_ship_with_outcomes(tiny, tmp_path):
-    from lrs_utils.gradient import gradient_key
+    from lrs_utils.searchers.gradient import gradient_key
 
     ledger = Ledger(tmp_path / "ledger.sqlite")
     searcher, result = descended(tiny, ledger)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import HeadScaling, LayerScaling, load_lm, models, score, tasks
-from lrs_utils.heads import _times_heads
-from lrs_utils.scaling import UNSCALED
+from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
+from lrs_utils.models import load as models
+from lrs_utils.scaling.heads import _times_heads
+from lrs_utils.scaling.layers import UNSCALED
 
 FAMILIES = [name.removeprefix("tiny-") for name in models._TINY]
 ONES = np.ones((2, 4))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lrs_utils.ledger import Ledger, LedgerError
+from lrs_utils.scoring.ledger import Ledger, LedgerError
 
 KEYS = ["q0", "q1", "q2"]
 EXACT, NLL = np.array([True, False, True]), np.array([0.1, 1.25, 2.0], np.float32).astype(float)
@@ -45,7 +45,7 @@ def test_a_context_is_written_whole_or_not_at_all(ledger):
 def test_two_processes_write_at_once(tmp_path):
     path = tmp_path / "ledger.sqlite"
     code = (
-        "import sys, numpy as np; from lrs_utils.ledger import Ledger; me = sys.argv[2]\n"
+        "import sys, numpy as np; from lrs_utils.scoring.ledger import Ledger; me = sys.argv[2]\n"
         "ledger = Ledger(sys.argv[1])\n"
         "for i in range(200): ledger.record('m', me, [f'q{i}'], np.array([True]), np.array([float(i)]))"
     )

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lrs_utils.metrics import (
+from lrs_utils.analysis.statistics import (
     UTILISATION_WEIGHTS,
     bootstrap_mean,
     by_fifth,

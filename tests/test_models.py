@@ -12,9 +12,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import LayerScaling, Ledger, files, load_lm, models, score, tasks
-from lrs_utils.repository import ROOT
-from lrs_utils.scoring import Kept
+from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.models import download as files
+from lrs_utils.models import load as models
+from lrs_utils.notebook import ROOT
+from lrs_utils.scoring.outcomes import Kept
 
 
 @pytest.fixture

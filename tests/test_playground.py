@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy.interpolate import RBFInterpolator
 
-from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, models, score, tasks
-from lrs_utils.playground import Playground, Surrogate, _curves, show
+from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
+from lrs_utils.models import load as models
+from lrs_utils.playground.widget import Playground, Surrogate, _curves, show
 
-SCRIPT = models.Path(__file__).parent.parent / "lrs_utils" / "playground.js"
+SCRIPT = models.Path(__file__).parent.parent / "lrs_utils" / "playground" / "widget.js"
 CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
-from lrs_utils.scaling import PositionTables, Setting
+from lrs_utils.scaling.layers import PositionTables, Setting
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, scoring, tasks
-from lrs_utils.packed import _BLOCK_ROWS, pack
-from lrs_utils.scoring import Kept, context_tokens, generate_answers
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.scoring import outcomes as scoring
+from lrs_utils.scoring.outcomes import Kept, context_tokens, generate_answers
+from lrs_utils.scoring.packing import _BLOCK_ROWS, pack
 from lrs_utils.tasks import Probe, Question, Suite
 from lrs_utils.tasks.judging import holds_value, judged
 

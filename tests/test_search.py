@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from lrs_utils import GeneticSearch, LayerScaling, Ledger, scoring, search, tasks
-from lrs_utils.models import LM
-from lrs_utils.scoring import Outcomes
-from lrs_utils.search import (
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
+from lrs_utils.models.load import LM
+from lrs_utils.scoring import outcomes as scoring
+from lrs_utils.scoring.outcomes import Outcomes
+from lrs_utils.searchers.engine import (
     accuracy_then_nll,
     mixture,
     utilisation_over_depths_then_nll,

@@ -22,10 +22,9 @@ from typing import Any
 import pandas as pd
 
 from lrs_utils import GeneticSearch, GradientSearch, Ledger, load_lm, search, tasks
-from lrs_utils.files import write_whole
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
-from lrs_utils.search import mixture
+from lrs_utils.models.download import write_whole
+from lrs_utils.notebook import ROOT, revision, versions
+from lrs_utils.searchers.engine import mixture
 
 TABLE = ROOT / "data" / "results" / "kills.csv"
 METHODS = ("GeneticSearch", "GradientSearch")
@@ -58,7 +57,7 @@ def _search(model: str, path: str, method: str, dtype: str) -> str:
         result = search(lm, suite, GeneticSearch(lm.num_layers, population=10, seed=0), budget=40, ledger=ledger)
     else:
         searcher = GradientSearch(lm, suite, steps=24, every=8, vary="head_gains", ledger=ledger)
-        result = search(lm, suite, searcher, budget=4, objective=mixture(1), ledger=ledger)
+        result = search(lm, suite, searcher, budget=4, objective=mixture(1), ledger=ledger)  # type: ignore[arg-type]
     return json.dumps([[candidate.key for candidate in result.candidates], repr(result.fitness)])
 
 

@@ -22,11 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrs_utils import HeadScaling, LayerScaling, score, tasks
-from lrs_utils.files import write_whole
-from lrs_utils.models import LM, _character_tokenizer
+from lrs_utils.models.download import write_whole
+from lrs_utils.models.load import LM, _character_tokenizer
+from lrs_utils.notebook import ROOT, revision, versions
 from lrs_utils.progress import Progress
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
 
 TABLE = ROOT / "data" / "results" / "families.csv"
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -12,9 +12,8 @@ from typing import Any
 import pandas as pd
 
 from lrs_utils import Ledger, find_scaling, load_lm, tasks
-from lrs_utils.files import cache_folder, write_whole
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
+from lrs_utils.models.download import cache_folder, write_whole
+from lrs_utils.notebook import ROOT, revision, versions
 
 FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 24, "steps": 12, "rate": 0.05, "text_weight": 3.0, "questions": 8}
 TRIED: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pooch
 
-from lrs_utils.files import cache_folder
+from lrs_utils.models.download import cache_folder
 
 # nelson-liu/lost-in-the-middle, MIT; SHA-256 of the files at this revision
 _REVISION = "29b8a6d"

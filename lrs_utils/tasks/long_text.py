@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrs_utils.files import package_file
+from lrs_utils.models.download import package_file
 from lrs_utils.tasks.mdqa import factbook_text
 from lrs_utils.tasks.suite import Probe, Question, Suite
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import bm25s
 import numpy as np
 
-from lrs_utils.files import package_file
+from lrs_utils.models.download import package_file
 from lrs_utils.tasks.files import official_file, read_lines
 from lrs_utils.tasks.judging import normalised
 from lrs_utils.tasks.kv import checked_positions

@@ -1,0 +1,1 @@
+"""What measurements say: statistics, attention heads, plots."""
