@@ -16,7 +16,7 @@ from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
 from lrs_utils.models import download as files
 from lrs_utils.models import load as models
 from lrs_utils.notebook import ROOT
-from lrs_utils.scoring.outcomes import Kept
+from lrs_utils.scoring.trie import Shared
 
 
 @pytest.fixture
@@ -127,10 +127,10 @@ def test_a_fingerprint_is_of_the_model_as_it_is_now(tiny):
 
 def test_an_edited_model_reads_no_outcome_of_before(tmp_path):
     lm, ledger = load_lm("tiny-llama", dtype="float32", device="cpu"), Ledger(tmp_path / "l.sqlite")
-    suite, kept = tasks.kv_retrieval(3, 1, keys="short"), Kept()
-    before = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, kept=kept).nll
+    suite, kept = tasks.kv_retrieval(3, 1, keys="short"), Shared()
+    before = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, shared=kept).nll
     lm.model.model.layers[0].mlp.up_proj.weight.data *= 1.1
-    after = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, kept=kept)
+    after = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, shared=kept)
     assert after.recomputed == 3
     np.testing.assert_array_equal(after.nll, score(lm, suite, [LayerScaling((1.0, 1.2))]).nll)
     assert (before != after.nll).all()

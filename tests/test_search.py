@@ -323,7 +323,7 @@ def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
         30, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
         start=settings["start"], population=2 * half, parents=half, mutations=half // 2, crossovers=half - half // 2,
     )  # fmt: skip
-    monkeypatch.setattr(scoring, "_Walk", None)  # no model is run
+    monkeypatch.setattr(scoring, "TrieWalk", None)  # no model is run
     suite = tasks.kv_retrieval(n, settings["n_contexts"], seed=settings["seed"], positions=positions)
     objective = utilisation_over_depths_then_nll if over_depths else utilisation_then_nll
     result = search(smollm2, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective)

@@ -12,7 +12,7 @@ from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
 from lrs_utils.analysis.heads import logits_by_distance
 from lrs_utils.finding.free_text import continue_freely
 from lrs_utils.scaling.trial import tried
-from lrs_utils.scoring.outcomes import generate_answers
+from lrs_utils.scoring.answers import generate_answers
 from lrs_utils.scoring.perplexity import window_nll
 from lrs_utils.searchers.gradient import nll_gradient
 

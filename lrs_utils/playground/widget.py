@@ -32,7 +32,8 @@ from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.layers import LayerScaling, reachable_decoder
 from lrs_utils.scaling.rope import SCHEMES
 from lrs_utils.scoring.ledger import Ledger
-from lrs_utils.scoring.outcomes import Kept, score
+from lrs_utils.scoring.outcomes import score
+from lrs_utils.scoring.trie import Shared
 from lrs_utils.tasks import Suite
 
 _model_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()  # one measures at a time
@@ -185,7 +186,7 @@ class Playground:
         self._listeners: list[Callable[[bool], None]] = []
         self._lock = threading.RLock()  # of what follows; never held while listeners are told
         self._dragged, self._running = False, _Measurement()
-        self._kept = Kept()
+        self._shared = Shared()
         self._model_in_use = _model_locks.setdefault(lm.model, threading.Lock())
         earlier = _latest[lm.model]() if lm.model in _latest else None
         if earlier is not None:
@@ -399,7 +400,7 @@ class Playground:
         with Ledger(self._ledger) as ledger, _stoppable(self.lm, running.stop):
             for done, (p, scaling) in enumerate(todo, 1):
                 probe = replace(suite, probes=suite.probes[p : p + 1])
-                outcomes = score(self.lm, probe, [scaling], ledger=ledger, kept=self._kept, progress=_Unseen(1, ""))
+                outcomes = score(self.lm, probe, [scaling], ledger=ledger, shared=self._shared, progress=_Unseen(1, ""))
                 asked += outcomes.recomputed
                 left = (time.monotonic() - began) / done * (len(todo) - done)
                 with self._lock:

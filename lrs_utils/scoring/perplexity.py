@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lrs_utils.arguments import whole
-from lrs_utils.models.load import LM, attending_by
+from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.layers import LayerScaling, Scaling
-from lrs_utils.scoring.outcomes import refuse_unscorable
-from lrs_utils.scoring.packing import Layout, laid_out, text_row
+from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
+from lrs_utils.scoring.packing import Layout, text_row
 
 
 @torch.inference_mode()
@@ -82,16 +82,18 @@ def window_nll(
     scaling.refuse_misfit(lm.model)
     refuse_unscorable(lm)
     nll = np.zeros((len(lengths), len(ends)))
+    settings = scaling.settings
     with (
-        attending_by(lm, "lrs_packed"),  # in bfloat16 on a CPU twice as fast as torch's kernel
-        scaling.applied_to(lm.model),
+        PackedForward(lm, scaled=not scaling.is_identity) as forward,
         Progress(nll.size, "perplexity").entered() as bar,
     ):
         for row, length in enumerate(lengths):
             for column, end in enumerate(ends):
                 layout = Layout([text_row(ids[end - length : end], stride)], lm.model.device)
-                with laid_out(layout):
-                    logits = lm.model(layout.ids[None], use_cache=False, logits_to_keep=stride).logits[0].float()
+                hidden = forward.embed(layout)
+                for layer, setting in enumerate(settings):
+                    hidden = forward.run(layer, hidden, [setting])
+                logits = forward.logits(hidden[0, layout.judged])
                 nll[row, column] = F.cross_entropy(logits, layout.targets).item()
                 bar.advance(1)
     return nll

@@ -25,7 +25,8 @@ from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
-from lrs_utils.scoring.outcomes import Kept, Outcomes, score
+from lrs_utils.scoring.outcomes import Outcomes, score
+from lrs_utils.scoring.trie import Shared
 from lrs_utils.searchers.gradient import GradientSearch
 from lrs_utils.searchers.methods import (
     CmaEsSearch,
@@ -216,7 +217,7 @@ def search(
             raise ValueError(f"contexts of {suites[0].name} ask at different depths; leave racing out")
         if len(suites[0].probes) < 4:
             raise ValueError(f"suite {suites[0].name} has {len(suites[0].probes)} contexts; racing needs at least 4")
-    result, kept, number, spent = SearchResult(), Kept(), 0, 0
+    result, shared, number, spent = SearchResult(), Shared(), 0, 0
     worth: dict[LayerScaling, NDArray[np.float64]] = {}  # context by context, of candidates that saw them all
     n_contexts, n_answers = sum(len(s.probes) for s in suites), sum(int(s.asked.sum()) for s in suites)
     with Progress(budget * n_contexts, "search").entered() as bar:
@@ -226,8 +227,8 @@ def search(
 
         def measured_on(suite: Suite, candidates: Sequence[LayerScaling], first: int, end: int | None) -> Outcomes:
             outcomes = score(
-                lm, replace(suite, probes=suite.probes[first:end]), candidates, ledger=ledger, progress=bar, kept=kept,
-                extrapolate=extrapolate, batch_tokens=batch_tokens, executor=executor,
+                lm, replace(suite, probes=suite.probes[first:end]), candidates, ledger=ledger, progress=bar,
+                shared=shared, extrapolate=extrapolate, batch_tokens=batch_tokens, executor=executor,
             )  # fmt: skip
             result.recomputed += outcomes.recomputed
             result.layers_run += outcomes.layers_run

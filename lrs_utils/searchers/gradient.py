@@ -15,17 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lrs_utils.arguments import number, whole
-from lrs_utils.models.load import LM, attending_by
+from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.heads import HeadScaling, multiplied
-from lrs_utils.scaling.layers import LayerScaling, PositionTables, Scaling, reachable_decoder, temperature_layers
+from lrs_utils.scaling.heads import HeadScaling
+from lrs_utils.scaling.layers import LayerScaling, Scaling, temperature_layers
+from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
-from lrs_utils.scoring.outcomes import context_tokens, entered, judged, refuse_beyond_window, refuse_unscorable
-from lrs_utils.scoring.packing import Layout, laid_out, pack
+from lrs_utils.scoring.packing import Layout, pack
+from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
 from lrs_utils.searchers.methods import Fitness
 from lrs_utils.tasks import Probe, Suite
 
@@ -136,26 +137,26 @@ def nll_gradient(
     length = context_tokens(lm, probe) if scaling.stretches_by_length else None
     refuse_unscorable(lm)
     device = lm.model.device
-    layout, decoder_layers = Layout([packed], device), reachable_decoder(lm.model).layers
+    layout = Layout([packed], device)
     through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
     now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
     of_layers = bool({*LAYER_NUMBERS} & {*numbers})
-    with torch.enable_grad(), attending_by(lm, "lrs_packed"), PositionTables(lm.model, length=length) as tables:
-        with torch.no_grad(), laid_out(layout):
-            hidden, notes = entered(lm, layout)
-        for at, (layer, given, setting) in enumerate(zip(decoder_layers, notes, scaling.settings, strict=True)):
+    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
+        with torch.no_grad():
+            hidden = forward.embed(layout)
+        for at, setting in enumerate(scaling.settings):
+            table: tuple[Tensor, Tensor] | None
             if of_layers:
-                pair = (now[name][0, at] for name in LAYER_NUMBERS)
-                table = tables.differentiable(given["position_embeddings"], layers, *pair)
+                table = forward.differentiable_table(at, layers, *(now[name][0, at] for name in LAYER_NUMBERS))
             else:
-                table = tables(given["position_embeddings"], setting)
+                table = forward.table(at, setting)
             by = [v[None] if n in numbers or (v != 1).any() else None for n in HEAD_NUMBERS for v in [now[n][:, at]]]
-            hidden = through(_layer_over, layout, layer, hidden, given, *table, *by)
+            hidden = through(forward.run_with, at, hidden, table, *by)
         at_tokens = layout.judged.to(hidden.device)
         losses = [
-            _computed_twice(_losses, lm, *part)
+            _computed_twice(_losses, forward, *part)
             for part in zip(
                 *(torch.split(x, 256) for x in (hidden[0, at_tokens], layout.targets.to(hidden.device))), strict=True
             )
@@ -384,19 +385,5 @@ def _activation_bytes(lm: LM, n_tokens: int) -> int:
     return int(n_tokens * lm.num_layers * numbers * lm.model.dtype.itemsize)
 
 
-def _layer_over(
-    layout: Layout,
-    layer: nn.Module,
-    hidden: Tensor,
-    given: dict[str, Any],
-    cos: Tensor,
-    sin: Tensor,
-    *numbers: Tensor | None,
-) -> Tensor:
-    # here, since the second computation may run in another thread
-    with laid_out(layout), multiplied(layer, *numbers):
-        return layer(hidden, **given | {"position_embeddings": (cos, sin)})  # type: ignore[no-any-return]
-
-
-def _losses(lm: LM, states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(judged(lm, states), targets, reduction="none")
+def _losses(forward: PackedForward, states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(forward.logits(states), targets, reduction="none")
