@@ -349,13 +349,13 @@ def test_free_answers_end_where_the_models_config_says(tiny, monkeypatch):
 def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm2, tmp_path, monkeypatch):
     suite, scaling = tasks.kv_retrieval(5, 2, seed=5, keys="short"), SCALINGS[30]
     answers = generate_answers(smollm2, suite, scaling, max_new_tokens=8)
-    monkeypatch.setattr(answers, "_CACHED_BYTES", 400 * 256)  # two questions at once, at 256 bytes a token
+    monkeypatch.setattr(free_answers, "_CACHED_BYTES", 400 * 256)  # two questions at once, at 256 bytes a token
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8) == answers
     ledger = Ledger(tmp_path / "l.sqlite")
     part = replace(suite, probes=(replace(suite.probes[0], questions=suite.probes[0].questions[1:3]),))
     assert generate_answers(smollm2, part, scaling, max_new_tokens=8, ledger=ledger) == [answers[0][1:3]]
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
-    monkeypatch.setattr(answers, "_decoded_together", None)
+    monkeypatch.setattr(free_answers, "_decoded_together", None)
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
 
 
