@@ -54,7 +54,8 @@ def _search(model: str, path: str, method: str, dtype: str) -> str:
     lm, ledger = load_lm(model, dtype=dtype), Ledger(path)
     suite = tasks.kv_retrieval(16, n_contexts=4, seed=3, keys="short")
     if method == "GeneticSearch":
-        result = search(lm, suite, GeneticSearch(lm.num_layers, population=10, seed=0), budget=40, ledger=ledger)
+        genetic = GeneticSearch(lm.num_layers, population=10, parents=5, mutations=5, crossovers=5, seed=0)
+        result = search(lm, suite, genetic, budget=40, ledger=ledger)
     else:
         searcher = GradientSearch(lm, suite, steps=24, every=8, vary="head_gains", ledger=ledger)
         result = search(lm, suite, searcher, budget=4, objective=mixture(1), ledger=ledger)  # type: ignore[arg-type]
