@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions, paired_test, utilisation
-from lrs_utils.models.load import LM, no_progress_bars
+from lrs_utils.models.load import LM
+from lrs_utils.progress import no_progress_bars
 from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling, Scaling

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean
-from lrs_utils.models.load import LM, used_alone
+from lrs_utils.models.load import LM
+from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.files import save_factors

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrs_utils.models.load import used_alone
+from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.layers import UNSCALED, LayerScaling, Scaling, Setting, model_name, reachable_decoder
 from lrs_utils.scaling.trial import layers_with_temperatures, tried
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from lrs_utils.models.load import used_alone
+from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC, SCHEMES, layer_frequencies
 from lrs_utils.scaling.trial import N_TOKENS, layers_with_temperatures, obeys_factors, tried
 

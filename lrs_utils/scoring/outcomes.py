@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lrs_utils.arguments import instance
-from lrs_utils.models.load import LM, attending_by, decode, load_lm
+from lrs_utils.models.decode import attending_by, decode
+from lrs_utils.models.load import LM, load_lm
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.heads import multiplied, products
 from lrs_utils.scaling.layers import UNSCALED, PositionTables, Scaling, Setting, reachable_decoder

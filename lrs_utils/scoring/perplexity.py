@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lrs_utils.arguments import whole
-from lrs_utils.models.load import LM, attending_by
+from lrs_utils.models.decode import attending_by
+from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.layers import LayerScaling, Scaling
 from lrs_utils.scoring.outcomes import refuse_unscorable

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrs_utils.arguments import number, whole
-from lrs_utils.models.load import LM, attending_by
+from lrs_utils.models.decode import attending_by
+from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.heads import HeadScaling, multiplied
 from lrs_utils.scaling.layers import LayerScaling, PositionTables, Scaling, reachable_decoder, temperature_layers
