@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
 from lrs_utils.models.tiny import TINY
-from lrs_utils.scaling.heads import _times_heads
-from lrs_utils.scaling.layers import UNSCALED
+from lrs_utils.scaling.base import UNSCALED
+from lrs_utils.scaling.products import _times_heads
 
 FAMILIES = [name.removeprefix("tiny-") for name in TINY]
 ONES = np.ones((2, 4))

@@ -27,7 +27,8 @@ from lrs_utils.analysis import plots
 from lrs_utils.models.load import LM, load_lm
 from lrs_utils.notebook import ROOT, profiles, versions
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import LayerScaling, Setting, reachable_decoder
+from lrs_utils.scaling.base import Setting, reachable_decoder
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
 from lrs_utils.scoring.packing import pack

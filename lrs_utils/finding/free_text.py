@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from lrs_utils.models.decode import decode
 from lrs_utils.models.load import LM
-from lrs_utils.scaling.layers import Scaling
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.ledger import Ledger
 
 OPENINGS = (

@@ -26,8 +26,9 @@ from lrs_utils.arguments import instance
 from lrs_utils.models.decode import attending_by, decode
 from lrs_utils.models.load import LM, load_lm
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.heads import multiplied, products
-from lrs_utils.scaling.layers import UNSCALED, PositionTables, Scaling, Setting, reachable_decoder
+from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
+from lrs_utils.scaling.products import multiplied, products
+from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import PRODUCT_ROWS, Layout, Packed, laid_out, pack, rounding_alike, shared_prefix

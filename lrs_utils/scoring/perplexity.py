@@ -14,7 +14,8 @@ from lrs_utils.arguments import whole
 from lrs_utils.models.decode import attending_by
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import LayerScaling, Scaling
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.outcomes import refuse_unscorable
 from lrs_utils.scoring.packing import Layout, laid_out, text_row
 

@@ -22,8 +22,11 @@ from lrs_utils.arguments import number, whole
 from lrs_utils.models.decode import attending_by
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.heads import HeadScaling, multiplied
-from lrs_utils.scaling.layers import LayerScaling, PositionTables, Scaling, reachable_decoder, temperature_layers
+from lrs_utils.scaling.base import Scaling, reachable_decoder
+from lrs_utils.scaling.heads import HeadScaling
+from lrs_utils.scaling.layers import LayerScaling, temperature_layers
+from lrs_utils.scaling.products import multiplied
+from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import context_tokens, entered, judged, refuse_beyond_window, refuse_unscorable
 from lrs_utils.scoring.packing import Layout, laid_out, pack
