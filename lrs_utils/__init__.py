@@ -10,15 +10,15 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
-from lrs_utils.searchers.engine import (
+from lrs_utils.searchers.engine import search
+from lrs_utils.searchers.gradient import GradientSearch
+from lrs_utils.searchers.methods import (
     CmaEsSearch,
     GeneticSearch,
-    GradientSearch,
     LinearSearch,
     RandomSearch,
     RefinementSearch,
     TpeSearch,
-    search,
 )
 
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -85,6 +86,18 @@ class _Part(Progress):
 
     def advance(self, units: int, note: str | None = None) -> None:
         self._whole.advance(round(units * self._weight), note)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Let transformers load and save without bars of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _in_kernel() -> bool:

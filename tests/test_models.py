@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
 from lrs_utils.models import download as files
+from lrs_utils.models import embedded
 from lrs_utils.models import load as models
+from lrs_utils.models.tiny import TINY
 from lrs_utils.notebook import ROOT
 from lrs_utils.scoring.trie import Shared
 
@@ -22,10 +24,10 @@ from lrs_utils.scoring.trie import Shared
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
-    return models.cache_folder()
+    return files.cache_folder()
 
 
-@pytest.mark.parametrize("name", sorted(models._TINY))
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_tiny_models_are_deterministic_two_layer_models(name):
     a, b = (load_lm(name, dtype="float32", device="cpu") for _ in range(2))
     assert a.num_layers == 2
@@ -36,7 +38,7 @@ def test_tiny_models_are_deterministic_two_layer_models(name):
 
 
 def test_fingerprints_tell_models_and_precisions_and_single_weights_apart():
-    names = sorted(models._TINY)
+    names = sorted(TINY)
     prints = [load_lm(name, dtype="float32", device="cpu").fingerprint for name in names]
     prints.append(load_lm("tiny-llama", dtype="bfloat16", device="cpu").fingerprint)
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
@@ -199,7 +201,7 @@ def test_without_network_the_missing_file_and_the_mend_are_named(empty_cache, mo
 
 
 def test_a_file_with_the_wrong_hash_is_refused_and_kept(empty_cache):
-    given = empty_cache / models._GGUF
+    given = empty_cache / embedded._GGUF
     given.write_bytes(b"not the model")
     with pytest.raises(ValueError, match=hashlib.sha256(b"not the model").hexdigest()):
         load_lm()
@@ -308,5 +310,5 @@ def test_small_buffers_have_a_fingerprint(tiny):
 
 def test_a_folder_by_the_name_of_the_embedded_model_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / models.EMBEDDED).mkdir()
-    assert models._gguf_of(models.EMBEDDED) is None
+    (tmp_path / embedded.EMBEDDED).mkdir()
+    assert models._gguf_of(embedded.EMBEDDED) is None

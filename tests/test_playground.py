@@ -3,16 +3,17 @@ import shutil
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
-from lrs_utils.models import load as models
+from lrs_utils.models.tiny import TINY
 from lrs_utils.playground.widget import Playground, Surrogate, _curves, show
 
-SCRIPT = models.Path(__file__).parent.parent / "lrs_utils" / "playground" / "widget.js"
+SCRIPT = Path(__file__).parent.parent / "lrs_utils" / "playground" / "widget.js"
 CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 
 
@@ -20,7 +21,7 @@ CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 def deep():
     """Eight tiny layers: four control points need room."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._TINY, "tiny-deep", ("llama", {"num_hidden_layers": 8}))
+        patch.setitem(TINY, "tiny-deep", ("llama", {"num_hidden_layers": 8}))
         return load_lm("tiny-deep", dtype="float32", device="cpu")
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.scoring import answers as free_answers
 from lrs_utils.scoring.answers import generate_answers
 from lrs_utils.scoring.packing import _BLOCK_ROWS, pack
 from lrs_utils.scoring.trie import Shared

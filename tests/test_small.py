@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lrs_utils import LayerScaling, load_lm, score, tasks
-from lrs_utils.models.load import SMALL, SMALL_FOLDER
+from lrs_utils.models.tiny import SMALL, SMALL_FOLDER
 from lrs_utils.scoring.perplexity import window_nll
 from lrs_utils.training import small
 

@@ -27,12 +27,12 @@ from lrs_utils.analysis import plots
 from lrs_utils.models.load import LM, load_lm
 from lrs_utils.notebook import ROOT, profiles, versions
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import LayerScaling, Setting, reachable_decoder
+from lrs_utils.scaling.base import Setting, reachable_decoder
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.engine import (
-    GeneticSearch,
     Objective,
     SearchResult,
     by_context,
@@ -41,7 +41,7 @@ from lrs_utils.searchers.engine import (
     utilisation_over_depths_then_nll,
     utilisation_then_nll,
 )
-from lrs_utils.searchers.methods import Genome
+from lrs_utils.searchers.methods import GeneticSearch, Genome
 from lrs_utils.tasks import Probe, Suite
 
 _RACING = 0.1

@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lrs_utils import HeadScaling, LayerScaling, score, tasks
 from lrs_utils.models.download import write_whole
-from lrs_utils.models.load import LM, _character_tokenizer
+from lrs_utils.models.load import LM
+from lrs_utils.models.tiny import character_tokenizer
 from lrs_utils.notebook import ROOT, revision, versions
 from lrs_utils.progress import Progress
 
@@ -86,7 +87,7 @@ def verdicts(model_type: str) -> dict[str, str]:
     """A row of the table."""
     row = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
     try:
-        lm = LM(build(model_type), _character_tokenizer(), model_type)
+        lm = LM(build(model_type), character_tokenizer(), model_type)
         _logits(lm.model)
     except Exception as error:  # a family's own errors are of any kind
         return row | {"factors": f"not built: {_short(error)}"}

@@ -13,7 +13,7 @@ from lrs_utils import LayerScaling, Ledger, load_factors, load_lm
 from lrs_utils.finding.free_text import continue_freely, distinct_trigrams, near_repeats
 from lrs_utils.models.download import cache_folder, write_whole
 from lrs_utils.notebook import ROOT, revision, versions
-from lrs_utils.scaling.layers import Scaling
+from lrs_utils.scaling.base import Scaling
 
 
 def main() -> None:

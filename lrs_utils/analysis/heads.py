@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lrs_utils.models.load import LM, attending_by, known_window
+from lrs_utils.models.decode import attending_by, known_window
+from lrs_utils.models.load import LM
 from lrs_utils.scoring.forward import refuse_unscorable
 
 _CHUNK_BYTES = 128 * 2**20  # of float32 logits of one layer at once, all heads

@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions, paired_test, utilisation
-from lrs_utils.models.load import LM, no_progress_bars
+from lrs_utils.models.load import LM
+from lrs_utils.progress import no_progress_bars
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.heads import HeadScaling
-from lrs_utils.scaling.layers import LayerScaling, Scaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.outcomes import Outcomes
 from lrs_utils.tasks import Suite
 

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lrs_utils.models.load import LM, decode
-from lrs_utils.scaling.layers import Scaling
+from lrs_utils.models.decode import decode
+from lrs_utils.models.load import LM
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.ledger import Ledger
 
 OPENINGS = (

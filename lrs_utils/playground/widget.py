@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean
-from lrs_utils.models.load import LM, used_alone
+from lrs_utils.models.load import LM
+from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import Progress
+from lrs_utils.scaling.base import reachable_decoder
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.files import save_factors
-from lrs_utils.scaling.layers import LayerScaling, reachable_decoder
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import SCHEMES
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import score

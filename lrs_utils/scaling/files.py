@@ -10,8 +10,9 @@ from typing import Any
 from lrs_utils.arguments import instance
 from lrs_utils.models.download import write_whole
 from lrs_utils.models.load import LM
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.heads import HeadScaling
-from lrs_utils.scaling.layers import LayerScaling, Scaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import COMBINATIONS
 
 _FORMAT, _VERSIONS = "lrs-factors", (1, 2)  # 2: numbers of heads, which a reader of 1 would leave out without a word

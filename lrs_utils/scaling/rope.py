@@ -1,6 +1,6 @@
 """RoPE mathematics: frequencies under every scheme, and how fast attention may decay with distance.
 
-Knows formulas only; `scaling` puts frequencies on a model, `entropy` measures what a model makes of them.
+Knows formulas only; `tables` puts frequencies on a model, `analysis.heads` measures what a model makes of them.
 """
 
 import math

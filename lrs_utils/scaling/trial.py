@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrs_utils.models.load import used_alone
+from lrs_utils.models.turns import used_alone
 
 N_TOKENS = 8
 _ALIKE = 0.1  # of how far the other result is: rounding in bfloat16 is a few hundredths, another function about 1

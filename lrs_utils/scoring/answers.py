@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lrs_utils.models.load import LM, decode
+from lrs_utils.models.decode import decode
+from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import Scaling
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import shared_prefix
 from lrs_utils.scoring.window import context_tokens, refuse_beyond_window

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrs_utils.models.load import LM, attending_by
-from lrs_utils.scaling.heads import multiplied, products
-from lrs_utils.scaling.layers import LayerScaling, PositionTables, Setting, reachable_decoder
+from lrs_utils.models.decode import attending_by
+from lrs_utils.models.load import LM
+from lrs_utils.scaling.base import Setting, reachable_decoder
+from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scaling.products import multiplied, products
+from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
 from lrs_utils.scoring.packing import Layout, Packed, laid_out, rounding_alike
 

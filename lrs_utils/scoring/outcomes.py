@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lrs_utils.arguments import instance, whole
 from lrs_utils.models.load import LM, load_lm
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import Scaling
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.trie import CPU_BATCH_TOKENS, Batch, Shared, TokenLimit, TrieWalk, next_batch

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
-from lrs_utils.models.load import LM, known_window
+from lrs_utils.models.decode import known_window
+from lrs_utils.models.load import LM
 from lrs_utils.tasks import Probe
 
 # oneDNN, which does a CPU's bfloat16 products, compiles code for every shape, most of a MiB each, and keeps

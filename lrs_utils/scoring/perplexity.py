@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from lrs_utils.arguments import whole
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import LayerScaling, Scaling
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.packing import Layout, text_row
 

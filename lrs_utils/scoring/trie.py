@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrs_utils.models.load import LM
-from lrs_utils.scaling.layers import UNSCALED, Setting
+from lrs_utils.scaling.base import UNSCALED, Setting
 from lrs_utils.scoring.forward import PackedForward
 from lrs_utils.scoring.packing import PRODUCT_ROWS, Layout, Packed, pack
 from lrs_utils.tasks import Probe, Suite

@@ -1,7 +1,7 @@
 """How long a prompt is, and whether a model under a scaling reads so much."""
 
 from lrs_utils.models.load import LM
-from lrs_utils.scaling.layers import Scaling
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.tasks import Probe
 
 

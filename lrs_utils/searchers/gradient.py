@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from lrs_utils.arguments import number, whole
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.heads import HeadScaling
-from lrs_utils.scaling.layers import LayerScaling, Scaling, temperature_layers
+from lrs_utils.scaling.layers import LayerScaling, temperature_layers
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, pack

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lrs_utils.models.download import package_file
-from lrs_utils.tasks.mdqa import factbook_text
+from lrs_utils.tasks.factbook import factbook_text
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
 # Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)

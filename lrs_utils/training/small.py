@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from lrs_utils import tasks
 from lrs_utils.models.download import cache_folder
-from lrs_utils.models.load import LM, SMALL_FOLDER, load_lm
+from lrs_utils.models.load import LM, load_lm
+from lrs_utils.models.tiny import SMALL_FOLDER
 from lrs_utils.training.finetune import Documents, Training, cast, stretches, tokens_on_disk, train
 from lrs_utils.training.positions import plain
 
