@@ -25,8 +25,7 @@ _EVEN = (1 / 3, 1 / 2)  # coordinates of inner control points that stand evenly
 class Searcher(Protocol):
     """What `search` needs of a way to search.
 
-    Racing needs a `rival` as well, see `GeneticSearch`; a searcher that asks the model itself counts its `answers`, see
-    `GradientSearch`.
+    One that asks the model itself counts its `answers`, see `GradientSearch`.
     """
 
     def ask(self) -> list[LayerScaling]:
@@ -271,11 +270,6 @@ class GeneticSearch:
         self._members += [_Member(self._genomes[c], c, f) for c, f in zip(candidates, fitness, strict=True)]
         self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the elder stays
         del self._members[self._parents :]
-
-    @property
-    def rival(self) -> LayerScaling | None:
-        """Whom a new candidate must beat to become a parent: the weakest one, or nobody while there is room."""
-        return self._members[-1].scaling if len(self._members) == self._parents else None
 
     def curve(self, scaling: LayerScaling) -> BezierCurve:
         """The control points behind the factors of a scaling that this search proposed (shape "bezier")."""
