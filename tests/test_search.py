@@ -14,7 +14,7 @@ from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
 from lrs_utils.models.load import LM
 from lrs_utils.scoring import outcomes as scoring
 from lrs_utils.scoring.outcomes import Outcomes
-from lrs_utils.searchers.engine import (
+from lrs_utils.searchers.objectives import (
     mixture,
     utilisation_over_depths_then_nll,
     utilisation_then_nll,

@@ -31,14 +31,9 @@ from lrs_utils.scaling.layers import LayerScaling, Setting, reachable_decoder
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import score
 from lrs_utils.scoring.packing import pack
-from lrs_utils.searchers.engine import (
-    GeneticSearch,
-    Objective,
-    SearchResult,
-    search,
-    utilisation_over_depths_then_nll,
-    utilisation_then_nll,
-)
+from lrs_utils.searchers.engine import SearchResult, search
+from lrs_utils.searchers.genetic import GeneticSearch
+from lrs_utils.searchers.objectives import Objective, utilisation_over_depths_then_nll, utilisation_then_nll
 from lrs_utils.tasks import Probe, Suite
 
 GENERATE, ALONE, THREE, ALL = "generate", "score, one question", "score, three positions", "score, all positions"
@@ -176,7 +171,7 @@ class Recorded:
     name: str
     answers: int  # a context
     contexts: int
-    result: SearchResult
+    result: SearchResult[LayerScaling]
 
     @property
     def scored(self) -> int:
@@ -204,7 +199,7 @@ def recorded_search(
         settings["n_pairs"], settings["n_contexts"], settings["seed"], keys=settings["keys"], positions=positions
     )
 
-    def replayed(budget: int) -> SearchResult:
+    def replayed(budget: int) -> SearchResult[LayerScaling]:
         half = settings["population"] // 2
         genetic = GeneticSearch(
             lm.num_layers, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],

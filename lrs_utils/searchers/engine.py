@@ -1,107 +1,36 @@
 """The search: a searcher proposes scalings, the engine scores them, an objective says what they are worth.
 
 Killed at any moment, a search goes on where it was when it is run again: searchers are deterministic given their seed,
-and the ledger answers for what was measured. Ways to search are in `searchers` and `gradient`.
+and the ledger answers for what was measured.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lrs_utils.analysis.statistics import (
-    mean_over_questions,
-    utilisation,
-    utilisation_over_depths,
-)
 from lrs_utils.arguments import whole
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scaling.layers import Scaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Kept, Outcomes, score
-from lrs_utils.searchers.gradient import GradientSearch
-from lrs_utils.searchers.methods import (
-    CmaEsSearch,
-    Fitness,
-    GeneticSearch,
-    LinearSearch,
-    RandomSearch,
-    RefinementSearch,
-    Searcher,
-    TpeSearch,
-)
+from lrs_utils.searchers.objectives import Objective, utilisation_then_nll
+from lrs_utils.searchers.space import Candidate, Fitness, Searcher
 from lrs_utils.tasks import Suite
-
-__all__ = [
-    "CmaEsSearch",
-    "GeneticSearch",
-    "GradientSearch",
-    "LinearSearch",
-    "RandomSearch",
-    "RefinementSearch",
-    "SearchResult",
-    "Searcher",
-    "TpeSearch",
-    "mixture",
-    "search",
-    "utilisation_over_depths_then_nll",
-    "utilisation_then_nll",
-]
-
-Objective = Callable[..., Sequence[Fitness]]  # of one Outcomes for each suite
-
-
-def utilisation_then_nll(outcomes: Outcomes) -> list[Fitness]:
-    """The default objective: the paper's U over first, middle and last depth; equal U is decided by lower mean nll.
-
-    U of a few contexts takes few values, so ties are common; nll, which is smooth, orders them (our choice).
-    """
-    return _then_nll(utilisation(outcomes.exact, outcomes.depths), outcomes)
-
-
-def utilisation_over_depths_then_nll(outcomes: Outcomes) -> list[Fitness]:
-    """U's weights spread over every depth asked, for suites that ask at all positions; ties as above."""
-    return _then_nll(utilisation_over_depths(outcomes.exact, outcomes.depths), outcomes)
-
-
-def mixture(*weights: float) -> Objective:
-    """An objective over several suites: minus the weighted sum of their mean nll, one weight for each.
-
-    `mixture(1)` is the mean nll of a single suite. Smooth, so a few contexts tell much.
-    """
-
-    def fitness(*outcomes: Outcomes) -> list[Fitness]:
-        if len(outcomes) != len(weights):
-            raise ValueError(f"mixture has {len(weights)} weights for {len(outcomes)} suites")
-        parts = [weight * _mean(o.nll, o.depths) for weight, o in zip(weights, outcomes, strict=True)]
-        return [(-float(value),) for value in np.asarray(sum(parts))]
-
-    return fitness
-
-
-def _then_nll(first: NDArray[np.float64], outcomes: Outcomes) -> list[Fitness]:
-    return list(zip(first.tolist(), (-_mean(outcomes.nll, outcomes.depths)).tolist(), strict=True))
-
-
-def _mean(values: NDArray[np.bool_] | NDArray[np.float64], depths: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over what is asked, each context counting once: (candidates, contexts, questions) -> (candidates,)."""
-    if depths.ndim == 1:
-        # in one step: a mean of means differs in the last bit, and searches must replay
-        return np.asarray(values.mean(axis=(1, 2)))
-    return np.asarray(mean_over_questions(values, depths).mean(axis=1))
 
 
 @dataclass
-class SearchResult:
+class SearchResult(Generic[Candidate]):
     """How a search went, in the order of evaluation.
 
     Attributes
     ----------
-    candidates : list of LayerScaling
+    candidates : list of LayerScaling or HeadScaling
     fitness : list of tuples
     generation : list of int
         The `ask` that each candidate came from.
@@ -114,7 +43,7 @@ class SearchResult:
         Decoder layers computed, and how many it would have been with each candidate on its own (see `score`).
     """
 
-    candidates: list[LayerScaling] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
     fitness: list[Fitness] = field(default_factory=list)
     generation: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
@@ -123,7 +52,7 @@ class SearchResult:
     layers_alone: int = 0
 
     @property
-    def best(self) -> LayerScaling:
+    def best(self) -> Candidate:
         """The fittest candidate; of equals the first found."""
         return self.candidates[self.fitness.index(max(self.fitness))]
 
@@ -136,7 +65,7 @@ class SearchResult:
 def search(
     lm: LM,
     suite: Suite | Sequence[Suite],
-    searcher: Searcher,
+    searcher: Searcher[Candidate],
     *,
     budget: int,
     ledger: Ledger | None = None,
@@ -144,7 +73,7 @@ def search(
     extrapolate: bool = False,
     batch_tokens: int | None = None,
     executor: Executor | None = None,
-) -> SearchResult:
+) -> SearchResult[Candidate]:
     """Let a searcher spend `budget` candidates on a suite, or on several.
 
     With a ledger a search that was killed goes on where it was: run it again with the same arguments.
@@ -164,7 +93,7 @@ def search(
     """
     suites = [suite] if isinstance(suite, Suite) else list(suite)
     _refuse_bad(suites, budget, ledger, objective)
-    result, kept = SearchResult(), Kept()
+    result, kept = SearchResult[Candidate](), Kept()
     with Progress(budget * sum(len(s.probes) for s in suites), "search").entered() as bar:
         while len(result.candidates) < budget and (asked := searcher.ask()):
             asked = asked[: budget - len(result.candidates)]
@@ -200,7 +129,7 @@ def _refuse_bad(suites: Sequence[Suite], budget: int, ledger: Ledger | None, obj
         )
 
 
-def _worth(objective: Objective, outcomes: Sequence[Outcomes], asked: Sequence[LayerScaling]) -> list[Fitness]:
+def _worth(objective: Objective, outcomes: Sequence[Outcomes], asked: Sequence[Scaling]) -> list[Fitness]:
     """The fitness of each candidate, refused where it can't be compared."""
     told: list[Fitness] = []
     for candidate, fitness in zip(asked, objective(*outcomes), strict=True):
@@ -211,7 +140,7 @@ def _worth(objective: Objective, outcomes: Sequence[Outcomes], asked: Sequence[L
 
 
 def _add_generation(
-    result: SearchResult, asked: Sequence[LayerScaling], told: Sequence[Fitness], outcomes: Sequence[Outcomes]
+    result: SearchResult[Candidate], asked: Sequence[Candidate], told: Sequence[Fitness], outcomes: Sequence[Outcomes]
 ) -> None:
     """Add a generation to the result."""
     number = result.generation[-1] + 1 if result.generation else 0
