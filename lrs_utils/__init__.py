@@ -10,16 +10,11 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
+from lrs_utils.searchers.descent import GradientSearch
 from lrs_utils.searchers.engine import search
-from lrs_utils.searchers.gradient import GradientSearch
-from lrs_utils.searchers.methods import (
-    CmaEsSearch,
-    GeneticSearch,
-    LinearSearch,
-    RandomSearch,
-    RefinementSearch,
-    TpeSearch,
-)
+from lrs_utils.searchers.genetic import GeneticSearch, RandomSearch
+from lrs_utils.searchers.refinement import RefinementSearch
+from lrs_utils.searchers.rivals import CmaEsSearch, LinearSearch, TpeSearch
 
 __version__ = "0.1.0"
 __all__ = [

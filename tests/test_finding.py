@@ -22,8 +22,8 @@ from lrs_utils.finding import recipe as finding
 from lrs_utils.finding.found import FIFTHS
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.files import read_factors
-from lrs_utils.searchers import gradient
-from lrs_utils.searchers.gradient import SPACES, numbers_of
+from lrs_utils.searchers import descent
+from lrs_utils.searchers.numbers import SPACES, numbers_of
 from lrs_utils.tasks import Probe, Question, Suite
 
 # words that say where in a text they stand; thirds of it begin and end between words
@@ -468,7 +468,7 @@ def test_search_validation_and_test_share_nothing_and_the_test_is_scored_once(fi
 
     for name in ("measure_unscaled", "search", "choose", "test"):
         monkeypatch.setattr(finding._Run, name, entering(name, getattr(finding._Run, name)))
-    score, nll_gradient = finding.score, gradient.nll_gradient
+    score, nll_gradient = finding.score, descent.nll_gradient
 
     def scored(lm, suite, scalings, **options):
         seen[step[0]] += [(suite.name, probe.context, scaling.key) for probe in suite.probes for scaling in scalings]
@@ -483,7 +483,7 @@ def test_search_validation_and_test_share_nothing_and_the_test_is_scored_once(fi
 
     text = defaultdict(list)
     monkeypatch.setattr(finding, "score", scored)
-    monkeypatch.setattr(gradient, "nll_gradient", differentiated)
+    monkeypatch.setattr(descent, "nll_gradient", differentiated)
     task = {"suite": KV(n_contexts=20, seed=9), "two": [KV, str(mine(20))]}[kind]
     result = find(task, steps=8, contexts=(4, 4, 5), stretches=6)
 

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
 from lrs_utils.scoring.packing import pack
-from lrs_utils.searchers import gradient
-from lrs_utils.searchers.engine import mixture
-from lrs_utils.searchers.gradient import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, nll_gradient, numbers_of
+from lrs_utils.searchers import descent, gradient
+from lrs_utils.searchers.gradient import nll_gradient
+from lrs_utils.searchers.numbers import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of
+from lrs_utils.searchers.objectives import mixture
 
 SUITE = tasks.kv_retrieval(2, 3, keys="short")
 
@@ -166,7 +167,7 @@ def test_what_has_no_gradient_is_refused(tiny):
 def test_a_factor_does_not_fall_until_a_context_no_longer_fits(tiny, monkeypatch, start):
     suite = tasks.kv_retrieval(12, 3, keys="short")
     low = 1.1 * max(pack(tiny, probe, "").longest for probe in suite.probes) / tiny.window
-    monkeypatch.setattr(gradient, "nll_gradient", lambda *_, **__: (1.0, np.ones((2, 2))))  # down, always
+    monkeypatch.setattr(descent, "nll_gradient", lambda *_, **__: (1.0, np.ones((2, 2))))  # down, always
     searcher = GradientSearch(tiny, suite, start=start, steps=4, every=2, rate=3.0)
     result = search(tiny, suite, searcher, budget=3, objective=mixture(1))
     assert result.candidates[-1].factors == pytest.approx((low, low), abs=1e-4)
@@ -254,7 +255,7 @@ def test_a_step_asks_some_questions_spread_over_depth(tiny, monkeypatch):
         asked.append(probe)
         return 1.0, np.zeros((4, 2))
 
-    monkeypatch.setattr(gradient, "nll_gradient", noted)
+    monkeypatch.setattr(descent, "nll_gradient", noted)
     searcher = GradientSearch(tiny, [suite, few], vary="head_gains", steps=30, every=30, questions=3)
     searcher.ask(), searcher.ask()
     positions = [[q.position for q in probe.questions] for probe in asked[::2]]
@@ -271,7 +272,7 @@ def test_a_step_asks_some_questions_spread_over_depth(tiny, monkeypatch):
 
 def test_a_search_of_heads_that_was_interrupted_goes_on_from_the_ledger(tmp_path, monkeypatch):
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
-    calls, computed = [], gradient.nll_gradient
+    calls, computed = [], descent.nll_gradient
     nll_gradient(lm, SUITE.probes[0], HEADS)  # a new model is tried first
     lm.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
 
@@ -293,7 +294,7 @@ def test_a_search_of_heads_that_was_interrupted_goes_on_from_the_ledger(tmp_path
             raise KeyboardInterrupt
         return computed(*args, **kwargs)
 
-    monkeypatch.setattr(gradient, "nll_gradient", killed)
+    monkeypatch.setattr(descent, "nll_gradient", killed)
     with pytest.raises(KeyboardInterrupt):
         ended(ledger)
     calls.clear()
@@ -360,7 +361,7 @@ def test_a_family_that_rotates_a_part_is_refused_temperatures_by_name():
 KILLED = """
 import sys
 from lrs_utils import GradientSearch, Ledger, load_lm, search, tasks
-from lrs_utils.searchers.engine import mixture
+from lrs_utils.searchers.objectives import mixture
 lm = load_lm("tiny-llama", dtype="float32", device="cpu")
 suite = tasks.kv_retrieval(6, 5, keys="short")
 ledger = Ledger(sys.argv[1])

@@ -30,21 +30,13 @@ from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Setting, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
-from lrs_utils.scoring.outcomes import Outcomes, score
+from lrs_utils.scoring.outcomes import score
 from lrs_utils.scoring.packing import pack
-from lrs_utils.searchers.engine import (
-    Objective,
-    SearchResult,
-    by_context,
-    raced,
-    search,
-    utilisation_over_depths_then_nll,
-    utilisation_then_nll,
-)
-from lrs_utils.searchers.methods import GeneticSearch, Genome
+from lrs_utils.searchers.engine import SearchResult, search
+from lrs_utils.searchers.genetic import GeneticSearch
+from lrs_utils.searchers.objectives import Objective, utilisation_over_depths_then_nll, utilisation_then_nll
 from lrs_utils.tasks import Probe, Suite
 
-_RACING = 0.1
 GENERATE, ALONE, THREE, ALL = "generate", "score, one question", "score, three positions", "score, all positions"
 GENERATION, GENERATION_ALONE = "generation of the search", "generation, each candidate alone"
 
@@ -173,55 +165,31 @@ def summary(raw: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-class _WatchedSearch(GeneticSearch):
-    """Counts the genomes drawn whose factors were known (they are redrawn, not scored); keeps the rivals."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.known = 0
-        self.rivals: list[LayerScaling | None] = []
-
-    def ask(self) -> list[LayerScaling]:
-        self.rivals.append(self.rival)
-        return super().ask()
-
-    def _claim(self, genome: Genome) -> LayerScaling | None:
-        scaling = super()._claim(genome)
-        self.known += scaling is None
-        return scaling
-
-
 @dataclass(frozen=True)
 class Recorded:
-    """A real search, replayed from its outcomes, and what racing would have made of the same candidates."""
+    """A real search, replayed from its outcomes."""
 
     name: str
     answers: int  # a context
     contexts: int
-    plain: SearchResult
-    raced: SearchResult  # the same candidates; `seen` is what racing lets them see
-    known: int  # genomes drawn again because their factors were known
-    missed: int  # candidates that racing stops and that ended better than the weakest parent
+    result: SearchResult[LayerScaling]
 
-    def cost(self, result: SearchResult) -> tuple[int, float]:
-        """Contexts of candidates that were scored, and the share of their layers that candidates had in common."""
-        run = 0
-        for number in set(result.generation):
-            members = [i for i, generation in enumerate(result.generation) if generation == number]
-            for context in range(self.contexts):
-                run += len(_distinct_layers([result.candidates[i] for i in members if result.seen[i] > context]))
-        scored = sum(result.seen)
-        return scored, 1 - run / (scored * len(result.candidates[0].factors))
+    @property
+    def scored(self) -> int:
+        """Contexts of candidates that were scored."""
+        return self.contexts * len(self.result.candidates)
+
+    @property
+    def saved(self) -> float:
+        """Share of their layers that candidates of a generation have in common."""
+        members: dict[int, list[LayerScaling]] = {}
+        for candidate, generation in zip(self.result.candidates, self.result.generation, strict=True):
+            members.setdefault(generation, []).append(candidate)
+        run = sum(len(_distinct_layers(candidates)) for candidates in members.values())
+        return 1 - run / sum(len(candidate.factors) for candidate in self.result.candidates)
 
     def __str__(self) -> str:
-        scored, saved = self.cost(self.plain)
-        fewer, _ = self.cost(self.raced)
-        stopped = sum(seen < self.contexts for seen in self.raced.seen)
-        return (
-            f"{self.name}: {len(self.plain.candidates)} candidates; {self.known} more genomes drawn had known factors; "
-            f"layers saved by the trie {saved:.1%}; racing at error rate {_RACING} stops {stopped} candidates, spares "
-            f"{1 - fewer / scored:.1%} of contexts, and stops {self.missed} that would have become parents"
-        )
+        return f"{self.name}: {len(self.result.candidates)} candidates; layers saved by the trie {self.saved:.1%}"
 
 
 def recorded_search(
@@ -232,42 +200,24 @@ def recorded_search(
         settings["n_pairs"], settings["n_contexts"], settings["seed"], keys=settings["keys"], positions=positions
     )
 
-    def replayed(budget: int) -> tuple[SearchResult, _WatchedSearch]:
+    def replayed(budget: int) -> SearchResult[LayerScaling]:
         half = settings["population"] // 2
-        genetic = _WatchedSearch(
+        genetic = GeneticSearch(
             lm.num_layers, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
             start=settings["start"], population=2 * half, parents=half, mutations=half // 2,
             crossovers=half - half // 2, seed=settings["seed"],
         )  # fmt: skip
-        return search(lm, suite, genetic, budget=budget, ledger=ledger, objective=objective), genetic
+        return search(lm, suite, genetic, budget=budget, ledger=ledger, objective=objective)
 
-    def known(candidates: Sequence[LayerScaling], first: int, end: int) -> Outcomes:
-        return score(lm, replace(suite, probes=suite.probes[first:end]), candidates, ledger=ledger)
-
-    if replayed(1)[0].recomputed:
+    if replayed(1).recomputed:
         raise RuntimeError(f"the shipped outcomes know nothing of the {name} on {lm!r}; run notebook 06 first")
-    plain, genetic = replayed(settings["budget"])
-    fitness = dict(zip(plain.candidates, plain.fitness, strict=True))
-    seen, missed = [], 0
-    for number, rival in enumerate(genetic.rivals[: max(plain.generation) + 1]):
-        candidates = [c for c, g in zip(plain.candidates, plain.generation, strict=True) if g == number]
-        if rival is None:
-            seen += [len(suite.probes)] * len(candidates)
-            continue
-        worth = by_context(objective, known([rival], 0, len(suite.probes)))[0]
-        seen += raced(known, candidates, worth, objective, _RACING)[1]
-        stopped = [c for c, n in zip(candidates, seen[-len(candidates) :], strict=True) if n < len(suite.probes)]
-        missed += sum(fitness[c] > fitness[rival] for c in stopped)
-    return Recorded(
-        name, len(suite.depths), len(suite.probes), plain, replace(plain, seen=seen), genetic.known, missed
-    )  # fmt: skip
+    return Recorded(name, len(suite.depths), len(suite.probes), replayed(settings["budget"]))
 
 
 def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFrame:
     """Add whole searches: what they scored times what a context took in each repetition.
 
-    The trie's gain is that of the generation measured, in proportion to the layers saved. Answers are those of the
-    plain search, also where racing left some out.
+    The trie's gain is that of the generation measured, in proportion to the layers saved.
     """
     rows = []
     for repetition, times in raw.groupby("repetition"):
@@ -277,18 +227,16 @@ def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFra
         together, alone = at.loc[GENERATION], at.loc[GENERATION_ALONE]
         for one in recorded:
             context = at.loc[ALL if one.answers == at.loc[ALL, "answers"] else THREE]
-            (plain, saved), (fewer, fewer_saved) = one.cost(one.plain), one.cost(one.raced)
             for line, base, scale, share in (
-                (GENERATE, at.loc[GENERATE], plain * one.answers / at.loc[GENERATE, "answers"], 0),
-                ("score", context, plain, 0),
-                ("trie", context, plain, saved),
-                ("trie and racing", context, fewer, fewer_saved),
+                (GENERATE, at.loc[GENERATE], one.scored * one.answers / at.loc[GENERATE, "answers"], 0),
+                ("score", context, one.scored, 0),
+                ("trie", context, one.scored, one.saved),
             ):
                 gained = {
                     what: base[what] * scale * (1 - (1 - together[what] / alone[what]) * share / together["saved"])
                     for what in ("seconds", "limit")
                 }
-                name = {"line": f"{one.name}: {line}", "answers": plain * one.answers}
+                name = {"line": f"{one.name}: {line}", "answers": one.scored * one.answers}
                 rows.append({"repetition": repetition, "pairs": base["pairs"], **name, **gained})
     return pd.concat([raw, pd.DataFrame(rows)], ignore_index=True)
 
@@ -310,7 +258,7 @@ def main() -> None:
             recorded_search(lm, settings, ledger, "search of U", utilisation_then_nll, three),
             recorded_search(lm, settings, ledger, "search of all depths", utilisation_over_depths_then_nll, None),
         ]
-    first = recorded[0].plain
+    first = recorded[0].result
     scaling = first.best
     generation = [c for c, number in zip(first.candidates, first.generation, strict=True) if number == 1]
 

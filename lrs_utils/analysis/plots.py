@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lrs_utils.analysis.statistics import Interval
 from lrs_utils.scaling.bezier import BezierCurve
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.searchers.engine import SearchResult
 
 _COLOURS = sns.color_palette("colorblind")
@@ -167,7 +169,7 @@ def bezier(curve: BezierCurve, factors: Sequence[float], *, ax: Axes | None = No
     return _figure(ax)
 
 
-def search_progress(result: SearchResult, *, ylabel: str, ax: Axes | None = None) -> Figure:
+def search_progress(result: SearchResult[Any], *, ylabel: str, ax: Axes | None = None) -> Figure:
     """Fitness of every candidate in order of evaluation, and the best so far."""
     ax = ax or plt.subplots()[1]
     n = np.arange(1, len(result.candidates) + 1)
@@ -180,7 +182,7 @@ def search_progress(result: SearchResult, *, ylabel: str, ax: Axes | None = None
     return _figure(ax)
 
 
-def generations(result: SearchResult, shown: int = 4) -> Figure:
+def generations(result: SearchResult[LayerScaling], shown: int = 4) -> Figure:
     """Factors of every candidate of some generations, first to last, and the best of all up to then."""
     numbers = np.unique(np.linspace(0, result.generation[-1], shown).round().astype(int))
     figure, axes = plt.subplots(1, len(numbers), figsize=(2.5 * len(numbers), 2.6), sharey=True, squeeze=False)

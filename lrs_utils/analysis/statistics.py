@@ -154,7 +154,7 @@ def _same_depths(depths: ArrayLike) -> NDArray[np.float64]:
     if depths.ndim != 1:
         raise ValueError(
             f"depths has shape {depths.shape}: contexts ask at different depths. U needs contexts that all ask at the "
-            "same depths; take the mean accuracy (accuracy_then_nll) or the mean nll (mixture) instead"
+            "same depths; take the mean nll (mixture) instead"
         )
     return depths
 
@@ -310,32 +310,3 @@ def paired_changes(values: pd.DataFrame, baseline: Callable[[Any], Any]) -> pd.D
     tested = table["p"].notna()
     table.loc[tested, "p"] = holm(table.loc[tested, "p"])
     return table
-
-
-def chance_of_catching_up(difference: ArrayLike, n_contexts: int) -> NDArray[np.float64]:
-    """One-sided p that a mean over all contexts, seen so far below 0, ends at 0 or above.
-
-    A t-test with the correction for a finite population: the contexts still to come are a few, not a world. One more
-    context is made up, half as far above 0 as the farthest seen is from it: without it a single lost context among
-    equal ones would look certain (`tests/test_metrics.py` holds the error rate for sparse and dense differences).
-
-    Parameters
-    ----------
-    difference : array, shape (..., contexts seen)
-        One number for each of the first contexts, in an order that has nothing to do with the outcome.
-    n_contexts : int
-        Contexts in all.
-
-    Returns
-    -------
-    float array, shape (...)
-    """
-    difference = np.asarray(difference, float)
-    n = difference.shape[-1]
-    if not 2 <= n < n_contexts:
-        raise ValueError(f"{n} of {n_contexts} contexts are seen; the test needs at least 2, and some still to come")
-    difference = np.concatenate([difference, np.abs(difference).max(axis=-1, keepdims=True) / 2], axis=-1)
-    error = difference.std(axis=-1, ddof=1) * np.sqrt(1 / (n + 1) - 1 / (n_contexts + 1))
-    with np.errstate(divide="ignore", invalid="ignore"):  # no spread: all are equal or better
-        t = np.where(error == 0, np.inf, difference.mean(axis=-1) / error)
-    return np.asarray(stats.t.cdf(t, n))

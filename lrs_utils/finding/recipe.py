@@ -1,7 +1,7 @@
 """A scaling that helps your model, in one call: search, choice on validation, one test.
 
 The recipe is ours. It follows the gradient of the answers' nll, each task's divided by its value without scaling, plus
-the nll of plain text, in the numbers of a space (`gradient.SPACES`). Validation contexts choose the stopping point and
+the nll of plain text, in the numbers of a space (`numbers.SPACES`). Validation contexts choose the stopping point and
 the dose; test contexts, which nothing has seen, are scored once.
 """
 
@@ -30,7 +30,9 @@ from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
 from lrs_utils.scoring.packing import pack
-from lrs_utils.searchers.gradient import PRICE, SPACES, GradientSearch, refuse_space
+from lrs_utils.searchers.descent import GradientSearch
+from lrs_utils.searchers.gradient import PRICE
+from lrs_utils.searchers.numbers import SPACES, refuse_space
 from lrs_utils.tasks import Suite, continuations, from_jsonl, long_texts
 
 Task = Callable[..., Suite] | Suite | str | Path
@@ -96,7 +98,7 @@ def find_scaling(
         `partial(tasks.kv_retrieval, 40, keys="short")`. A suite, or your own file (`tasks.from_jsonl`), is divided into
         search, validation and test contexts.
     space : str
-        Which numbers are learned, a name of `gradient.SPACES`, "layers" (factors and temperatures of layers), or
+        Which numbers are learned, a name of `numbers.SPACES`, "layers" (factors and temperatures of layers), or
         "auto": head gains.
     max_perplexity_rise : float
         Largest rise of perplexity on the validation texts, its standard error included, as a share: 0.01 is 1 %.

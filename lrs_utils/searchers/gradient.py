@@ -1,4 +1,4 @@
-"""The gradient of a suite's nll with respect to numbers of layers and heads, and the search that follows it.
+"""The gradient of a context's nll with respect to numbers of layers and heads.
 
 A factor enters a model through one layer's cos and sin, a head's numbers multiply its activations, so the nll of an
 answer can be differentiated in all of them at once, for about the price of four forward passes (one to compute
@@ -6,9 +6,7 @@ activations again instead of keeping them). Ours; the paper (2503.04355) searche
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,73 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lrs_utils.arguments import number, whole
 from lrs_utils.models.load import LM
-from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Scaling
-from lrs_utils.scaling.heads import HeadScaling
-from lrs_utils.scaling.layers import LayerScaling, temperature_layers
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, pack
 from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
-from lrs_utils.searchers.methods import Fitness
-from lrs_utils.tasks import Probe, Suite
+from lrs_utils.searchers.numbers import HEAD_NUMBERS, LAYER_NUMBERS, layers_and_heads, numbers_of
+from lrs_utils.tasks import Probe
 
 _KEPT_BYTES = 2 * 2**30  # of activations kept for the way back; above it they are computed twice
 PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
-LAYER_NUMBERS, HEAD_NUMBERS = ("factors", "temperatures"), ("head_temperatures", "head_gains", "mlp_gains")
-
-# What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
-SPACES = {
-    "factors": ("factors",),
-    "temperatures": ("temperatures",),
-    "both": LAYER_NUMBERS,
-    "head_temperatures": ("head_temperatures",),
-    "head_gains": ("head_gains",),
-    "heads": ("head_temperatures", "head_gains"),
-    "outputs": ("=head_gains", "mlp_gains"),  # as many numbers as "both", none of positions: a control
-}
-
-
-def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
-    """A scaling's numbers by name, each of shape (rows, layers): one row for a number of a layer, one for each head."""
-    layers, heads = _parts(scaling, lm)
-    n_heads, ones = int(lm.model.config.get_text_config().num_attention_heads), np.ones(lm.num_layers)
-    given = {
-        "factors": layers.factors,
-        "temperatures": layers.temperatures,
-        "head_temperatures": None if heads is None or heads.temperatures is None else np.transpose(heads.temperatures),
-        "head_gains": None if heads is None or heads.gains is None else np.transpose(heads.gains),
-        "mlp_gains": None if heads is None else heads.mlp_gains,
-    }
-    rows = {name: n_heads if name in ("head_temperatures", "head_gains") else 1 for name in given}
-    return {
-        name: np.tile(ones, (rows[name], 1)) if values is None else np.array(values, float).reshape(rows[name], -1)
-        for name, values in given.items()
-    }
-
-
-def refuse_space(lm: LM, vary: str) -> None:
-    """Raise the ValueError that names a family which can't have the numbers of a space."""
-    twos = {
-        name: np.full_like(values, 2.0).T
-        for name, values in numbers_of(LayerScaling.identity(lm.num_layers), lm).items()
-    }
-    names = {name.removeprefix("=") for name in SPACES[vary]}
-    if "temperatures" in names:
-        obeyed = temperature_layers(lm.model)  # where they are idle there is no gradient, and they stay 1
-        some = [2.0 if here or not any(obeyed) else 1.0 for here in obeyed]
-        LayerScaling((1.0,) * lm.num_layers, temperatures=some).refuse_misfit(lm.model)
-    heads = [twos[name] if name in names else None for name in ("head_temperatures", "head_gains")]
-    if {*HEAD_NUMBERS} & names:
-        HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)
-
-
-def _parts(scaling: Scaling, lm: LM) -> tuple[LayerScaling, HeadScaling | None]:
-    heads = scaling if isinstance(scaling, HeadScaling) else None
-    layers = scaling if heads is None else heads.layers
-    return (layers if isinstance(layers, LayerScaling) else LayerScaling.identity(lm.num_layers)), heads
 
 
 def nll_gradient(
@@ -123,7 +65,7 @@ def nll_gradient(
     ValueError
         Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
     """
-    layers, _ = _parts(scaling, lm)
+    layers, _ = layers_and_heads(scaling, lm)
     if layers.scheme == "yarn":
         raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
@@ -132,43 +74,7 @@ def nll_gradient(
         known = ledger.find_gradient(lm.fingerprint, scaling.key, filed)
         if known is not None:
             return known
-    packed = pack(lm, probe, "a context")
-    if not extrapolate:
-        refuse_beyond_window(lm, packed.longest, scaling, "a context")
-    length = context_tokens(lm, probe) if scaling.stretches_by_length else None
-    refuse_unscorable(lm)
-    device = lm.model.device
-    layout = Layout([packed], device)
-    through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
-    now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
-    changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
-    now |= {name: change.exp() * now[name] for name, change in changes.items()}
-    of_layers = bool({*LAYER_NUMBERS} & {*numbers})
-    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
-        with torch.no_grad():
-            hidden = forward.embed(layout)
-        for at, setting in enumerate(scaling.settings):
-            table: tuple[Tensor, Tensor] | None
-            if of_layers:
-                table = forward.differentiable_table(at, layers, *(now[name][0, at] for name in LAYER_NUMBERS))
-            else:
-                table = forward.table(at, setting)
-            by = [v[None] if n in numbers or (v != 1).any() else None for n in HEAD_NUMBERS for v in [now[n][:, at]]]
-            hidden = through(forward.run_with, at, hidden, table, *by)
-        at_tokens = layout.judged.to(hidden.device)
-        losses = [
-            _computed_twice(_losses, forward, *part)
-            for part in zip(
-                *(torch.split(x, 256) for x in (hidden[0, at_tokens], layout.targets.to(hidden.device))), strict=True
-            )
-        ]
-        owner = torch.as_tensor(packed.owner, device=at_tokens.device)
-        n_tokens = owner.bincount()
-        nll = (torch.cat(losses) / n_tokens[owner]).sum() / len(n_tokens)
-        gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
-    if not gradient.isfinite().all():
-        raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
-    result = nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
+    result = _differentiated(lm, probe, scaling, numbers, extrapolate)
     if ledger is not None:
         result = ledger.record_gradient(lm.fingerprint, scaling.key, filed, *result)
     return result
@@ -183,192 +89,60 @@ def gradient_key(probe: Probe, scheme: str, combine: str = "multiply", numbers: 
     return hashlib.sha256("|".join((scheme, *probe.keys)).encode()).hexdigest()[:16]
 
 
-class GradientSearch:
-    """Adam on the logs of numbers of layers or heads, one context of each suite a step (ours, not the paper's).
-
-    `search` gives it candidates to judge: the scaling after every few steps, so the stopping point is chosen by
-    whatever objective and suite the search is told, which may be other ones than are followed downhill here.
-
-    Parameters
-    ----------
-    lm : LM
-    suites : Suite or sequence of Suite
-        What the nll is taken of. Contexts are drawn without putting back until all were seen.
-    weights : sequence of float, optional
-        Of the suites' nll in their sum; 1 each by default.
-    vary : str
-        What is learned, a name of `SPACES`: "factors", "temperatures" or "both" (of layers), "head_temperatures",
-        "head_gains" or "heads" (both), "outputs".
-    start : Scaling, optional
-        No scaling by default. Its scheme (not "yarn") and extension are kept.
-    steps : int
-        The rate falls to 0 over them, as half a cosine.
-    rate, temperature_rate : float
-        Adam's, of the logs; that of temperatures of layers by itself.
-    bounds : (low, high), optional
-        Of factors; by default only that the longest context fits into the window, with a tenth to spare (not with
-        `extrapolate`).
-    every : int
-        Steps between candidates.
-    questions : int, optional
-        At most so many questions of a context in a step, drawn anew each time and spread over depth: a cheaper step.
-    extrapolate : bool
-        Allow contexts longer than the window.
-    ledger : Ledger, optional
-        Gradients found there are not computed again: a search that was killed goes on where it was.
-    seed : int
-        Of the order of contexts.
-    progress : Progress, optional
-        Advanced by `PRICE` for every context; without it each `ask` shows its own.
-    """
-
-    def __init__(
-        self,
-        lm: LM,
-        suites: Suite | Sequence[Suite],
-        *,
-        weights: Sequence[float] | None = None,
-        vary: str = "both",
-        start: Scaling | None = None,
-        steps: int = 60,
-        rate: float = 0.02,
-        temperature_rate: float = 0.02,
-        bounds: tuple[float, float] | None = None,
-        every: int = 10,
-        questions: int | None = None,
-        extrapolate: bool = False,
-        ledger: Ledger | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> None:
-        if vary not in SPACES:
-            raise ValueError(f"vary is {vary!r}; choose one of {', '.join(SPACES)}")
-        for name, value in (("steps", steps), ("every", every), ("questions", questions)):
-            if value is not None:
-                whole(name, value, least=1)
-        number("rate", rate, above=0)
-        number("temperature_rate", temperature_rate, above=0)
-        if bounds is not None and not 0 < bounds[0] < bounds[1]:
-            raise ValueError(f"bounds is {bounds}; factors need 0 < low < high")
-        self._suites = [suites] if isinstance(suites, Suite) else list(suites)
-        self._weights = [1.0] * len(self._suites) if weights is None else list(weights)
-        if len(self._weights) != len(self._suites):
-            raise ValueError(f"weights has {len(self._weights)} values for {len(self._suites)} suites")
-        start = LayerScaling.identity(lm.num_layers) if start is None else start
-        layers, _ = _parts(start, lm)
-        if bounds is None:
-            low = 0.0
-            if not extrapolate:
-                longest = max(pack(lm, probe, "a context").longest for suite in self._suites for probe in suite.probes)
-                reach = replace(layers, factors=(1.0,) * lm.num_layers).reach
-                low = 1.1 * longest / (lm.window * (reach if math.isfinite(reach) else 1.0))
-            bounds = min(max(low, 1e-3), *layers.factors), math.inf
-        self._bounds, self._extrapolate, self._progress = bounds, extrapolate, progress
-        self._lm, self._ledger, self._start, self._steps, self._every = lm, ledger, start, steps, every
-        self._values = numbers_of(start, lm)
-        self._numbers = tuple(name.removeprefix("=") for name in SPACES[vary])
-        if {*LAYER_NUMBERS} & {*self._numbers}:
-            self._numbers = LAYER_NUMBERS  # one gradient for all searches of layers
-        self._logs: dict[str, Tensor] = {}
-        self._base: dict[str, Any] = {}  # what their exponentials multiply
-        for name in SPACES[vary]:
-            values = torch.tensor(self._values[name.removeprefix("=")], dtype=torch.float32)
-            if name[0] == "=":
-                self._base[name[1:]], values = self._values[name[1:]], torch.ones(1, lm.num_layers)
-            self._logs[name.removeprefix("=")] = values.log().requires_grad_()
-        refuse_space(lm, vary)
-        rates = {"temperatures": temperature_rate}
-        groups = [{"params": [row], "lr": rates.get(name, rate)} for name, row in self._logs.items()]
-        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
-        rng = np.random.default_rng(seed)
-        self._order = [_orders(rng.spawn(1)[0], len(suite.probes)) for suite in self._suites]
-        self._questions, self._drawn = questions, rng.spawn(1)[0]
-        self._begun = False
-        self.nll: list[list[float]] = []  # of each step, suite by suite
-        self.gradients: list[NDArray[np.float64]] = []  # of each step, (rows, layers), and where it was taken
-        self.visited: list[Scaling] = []
-        self.filed: list[str] = []  # keys of the gradients, as `gradient_key` makes them
-
-    @property
-    def answers(self) -> int:
-        """What the steps so far cost, in answers scored."""
-        asked = sum(min(suite.n_questions, self._questions or suite.n_questions) for suite in self._suites)
-        return PRICE * len(self.nll) * asked
-
-    @property
-    def scaling(self) -> Scaling:
-        """Where the search is."""
-        return self._with(
-            {
-                name: self._base.get(name, 1.0) * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
-                for name, logs in self._logs.items()
-            }
-        )
-
-    def _with(self, changed: Mapping[str, NDArray[np.float64]]) -> Scaling:
-        """The start with some numbers changed."""
-        values, (layers, heads) = self._values | {**changed}, _parts(self._start, self._lm)
-        layers = replace(layers, factors=values["factors"][0], temperatures=values["temperatures"][0])
-        if heads is None and not {*HEAD_NUMBERS} & {*changed}:
-            return layers
-        of_heads = [values[name].T for name in ("head_temperatures", "head_gains")]
-        return HeadScaling(*of_heads, mlp_gains=values["mlp_gains"][0], layers=layers)
-
-    def ask(self) -> list[Scaling]:
-        """The start, then where the next few steps lead."""
-        if not self._begun:
-            self._begun = True
-            return [self._start]
-        left = min(self._every, self._steps - len(self.nll))
-        bar = self._progress or Progress(left * len(self._suites) * PRICE, "gradient")
-        with bar.entered():
-            for _ in range(left):
-                self._step(bar)
-        return [self.scaling] if left else []
-
-    def tell(self, candidates: Sequence[Scaling], fitness: Sequence[Fitness]) -> None:
-        """The way downhill does not depend on it."""
-
-    def _asking_some(self, probe: Probe) -> Probe:
-        if self._questions is None or len(probe.questions) <= self._questions:
-            return probe
-        by_depth = sorted(range(len(probe.questions)), key=lambda q: probe.questions[q].position)
-        some = [int(self._drawn.choice(part)) for part in np.array_split(by_depth, self._questions)]
-        return replace(probe, questions=tuple(probe.questions[q] for q in sorted(some)))
-
-    def _step(self, bar: Progress) -> None:
-        scaling, parts, losses = self.scaling, [], []
-        for suite, weight, order in zip(self._suites, self._weights, self._order, strict=True):
-            probe = self._asking_some(suite.probes[next(order)])
-            nll, gradient = nll_gradient(
-                self._lm, probe, scaling, self._numbers, extrapolate=self._extrapolate, ledger=self._ledger
-            )
-            layers, _ = _parts(scaling, self._lm)
-            self.filed.append(gradient_key(probe, layers.scheme, layers.combine, self._numbers))
-            losses.append(nll)
-            parts.append(weight * gradient)
-            bar.advance(PRICE)
-        total = np.sum(parts, axis=0)
-        by_number = np.split(total, np.cumsum([len(self._values[name]) for name in self._numbers])[:-1])
-        for name, gradient in zip(self._numbers, by_number, strict=True):
-            if (logs := self._logs.get(name)) is not None:
-                tied = len(logs) < len(gradient)
-                logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if tied else gradient, dtype=logs.dtype)
-        self._adam.step()
-        self._cosine.step()
-        if "factors" in self._logs:
-            self._logs["factors"].data.clamp_(*map(math.log, self._bounds))
-        self.visited.append(scaling)
-        self.nll.append(losses)
-        self.gradients.append(total)
-        shown = ", ".join(f"{value:.3f}" for value in losses)
-        bar.advance(0, f"step {len(self.nll)} of {self._steps}, nll {shown}")
+def _differentiated(
+    lm: LM, probe: Probe, scaling: Scaling, numbers: Sequence[str], extrapolate: bool
+) -> tuple[float, NDArray[np.float64]]:
+    packed = pack(lm, probe, "a context")
+    if not extrapolate:
+        refuse_beyond_window(lm, packed.longest, scaling, "a context")
+    length = context_tokens(lm, probe) if scaling.stretches_by_length else None
+    refuse_unscorable(lm)
+    layout, device = Layout([packed], lm.model.device), lm.model.device
+    now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
+    changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
+    now |= {name: change.exp() * now[name] for name, change in changes.items()}
+    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
+        states = _last_states(lm, forward, layout, scaling, now, numbers)
+        nll = _mean_nll(forward, layout, packed.owner, states)
+        gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
+    if not gradient.isfinite().all():
+        raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
+    return nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
 
 
-def _orders(rng: np.random.Generator, n: int) -> Iterator[int]:
-    while True:
-        yield from rng.permutation(n).tolist()
+def _last_states(
+    lm: LM,
+    forward: PackedForward,
+    layout: Layout,
+    scaling: Scaling,
+    now: Mapping[str, Tensor],
+    numbers: Sequence[str],
+) -> Tensor:
+    """What the last layer puts out where the scaling's numbers are `now`, those of `numbers` with a way back."""
+    layers, _ = layers_and_heads(scaling, lm)
+    through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
+    of_layers = bool({*LAYER_NUMBERS} & {*numbers})
+    with torch.no_grad():
+        hidden = forward.embed(layout)
+    for at, setting in enumerate(scaling.settings):
+        table: tuple[Tensor, Tensor] | None
+        if of_layers:
+            table = forward.differentiable_table(at, layers, *(now[name][0, at] for name in LAYER_NUMBERS))
+        else:
+            table = forward.table(at, setting)
+        by = [v[None] if n in numbers or (v != 1).any() else None for n in HEAD_NUMBERS for v in [now[n][:, at]]]
+        hidden = through(forward.run_with, at, hidden, table, *by)
+    return hidden
+
+
+def _mean_nll(forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor) -> Tensor:
+    """The mean over questions of their answers' mean nll."""
+    at_tokens = layout.judged.to(states.device)
+    pieces = (torch.split(x, 256) for x in (states[0, at_tokens], layout.targets.to(states.device)))
+    losses = [_computed_twice(_losses, forward, *piece) for piece in zip(*pieces, strict=True)]
+    owner = torch.as_tensor(owners, device=at_tokens.device)
+    n_tokens = owner.bincount()
+    return (torch.cat(losses) / n_tokens[owner]).sum() / len(n_tokens)
 
 
 def _kept(function: Callable[..., Tensor], *args: Any) -> Tensor:
