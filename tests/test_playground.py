@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from compare_predictions import leave_one_out, take_mean, take_nearest
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
@@ -172,6 +173,14 @@ def test_leave_one_out_error_is_that_of_leaving_one_out():
     assert fitted.error_of_mean == pytest.approx(np.sqrt(np.mean(np.square(alone))))
 
 
+def test_rivals_of_the_surrogate_are_judged_without_the_one_left_out():
+    factors, accuracy = np.array([[1.0], [1.1], [1.3]]), np.array([[0.0, 0.5], [0.4, 0.5], [1.0, 0.2]])
+    np.testing.assert_allclose(leave_one_out(take_nearest, factors, accuracy), [[0.4, 0], [-0.4, 0], [-0.6, 0.3]])
+    error = leave_one_out(take_mean, factors, accuracy)
+    np.testing.assert_allclose(error[0], [0.7, -0.15])
+    assert np.sqrt(np.mean(error**2)) == pytest.approx(Surrogate(factors, accuracy).error_of_mean)
+
+
 def test_saved_factors_are_those_shown(play, tmp_path):
     play.use(CURVE)
     play.wait()
@@ -242,8 +251,8 @@ def test_the_browser_samples_curves_as_python_does(tmp_path):
         curves.append(list(zip(layers, np.round(chance.integers(14, 25, 4) * 0.05, 2).tolist(), strict=True)))
     config = {"layers": 30, "first": 2, "step": 0.05, "low": 0.7, "high": 1.2}
     program = f"""
-        import {{ factors }} from {json.dumps(SCRIPT.as_uri())};
-        console.log(JSON.stringify({json.dumps(curves)}.map((points) => factors(points, {json.dumps(config)}))));
+        import {{ sampleFactors }} from {json.dumps(SCRIPT.as_uri())};
+        console.log(JSON.stringify({json.dumps(curves)}.map((points) => sampleFactors(points, {json.dumps(config)}))));
     """
     (tmp_path / "program.mjs").write_text(program)
     shutil.copy(SCRIPT, tmp_path / "playground.mjs")
