@@ -150,7 +150,12 @@ class Measurer:
             for n_done, (context, measured) in enumerate(unmeasured, 1):
                 one_context = replace(suite, probes=suite.probes[context : context + 1])
                 outcomes = score(
-                    self._lm, one_context, [measured], ledger=ledger, kept=self._kept_outputs, progress=_Unseen(1, "")
+                    self._lm,
+                    one_context,
+                    [measured],
+                    ledger=ledger,
+                    kept=self._kept_outputs,
+                    progress=_HiddenProgress(1, ""),
                 )
                 n_answered += outcomes.recomputed
                 seconds_left = (time.monotonic() - began) / n_done * (len(unmeasured) - n_done)
@@ -205,7 +210,7 @@ class _Cancelled(Exception):
     """Raised inside the model to end a measurement."""
 
 
-class _Unseen(Progress):
+class _HiddenProgress(Progress):
     """Progress that the status line shows instead."""
 
     @contextmanager
