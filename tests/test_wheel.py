@@ -21,7 +21,8 @@ from functools import partial
 from importlib import resources
 
 from lrs_utils import GeneticSearch, LayerScaling, load_factors, load_lm, score, search, tasks
-from lrs_utils.playground.widget import Playground, show
+from lrs_utils.playground.playground import Playground
+from lrs_utils.playground.widget import show
 
 tiny = load_lm("tiny-llama", dtype="float32", device="cpu")
 suite = tasks.kv_retrieval(n_pairs=3, n_contexts=2, keys="short")
