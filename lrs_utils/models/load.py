@@ -76,7 +76,7 @@ class LM:
 
     @property
     def fingerprint(self) -> str:
-        """What tells models apart: `fingerprint` of the model as it is now. Measured outcomes are filed under it."""
+        """Identifies the model: `fingerprint` of its current state. Measured outcomes are stored under it."""
         return fingerprint(self.model, self.tokenizer)
 
     @property
@@ -179,7 +179,7 @@ def _gguf_of(name: str) -> Path | None:
 
 @contextmanager
 def _damage_named(source: str | Path) -> Iterator[None]:
-    """Say of a file that can't be read which folder it is in."""
+    """Name the folder of a file that can't be read."""
     try:
         yield
     except SafetensorError as error:
@@ -293,7 +293,7 @@ _SETTINGS_THAT_DO_NOT_COUNT = {
     "pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict",
     "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-# Under what the outcomes that ship are filed: fingerprints of before they held every setting.
+# Names under which shipped outcomes are stored: fingerprints from before they held every setting.
 _FILED_AS = {
     "38ff529595b0557f": "7c29c56dbf0cac4e",  # smollm2-135m in float32
     "3e9a62e15f51aaaa": "8fdb7e348d6e86d3",  # in bfloat16
@@ -309,8 +309,8 @@ _making_locks = threading.Lock()
 def used_alone(model: nn.Module) -> Iterator[None]:
     """One thread at a time: another that wants to use the model, or calls it, waits until this block is left.
 
-    While a model is scaled or attends by another function, or its layers are called one by one, a forward pass of
-    somebody else would be wrong without a word.
+    While a model is scaled or attends by another function, or its layers are called one by one, a forward pass from
+    other code would be wrong without an error.
     """
     with _making_locks:
         lock = _locks.get(model)
@@ -339,7 +339,7 @@ def refuse_training(lm: LM) -> None:
 
 
 def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
-    """Greedy continuations by the model's `generate`, with settings of our own.
+    """Greedy continuations by the model's `generate`, with our own settings.
 
     `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Of that
     config only the tokens that end a text are kept.
@@ -436,7 +436,7 @@ def _embedded_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".smollm2-") as scratch:
             _convert(_find_gguf(Path(scratch)), Path(scratch) / "converted")
             try:
-                os.rename(Path(scratch) / "converted", folder)  # whole or not at all
+                os.rename(Path(scratch) / "converted", folder)  # all or nothing
             except OSError:
                 if not folder.exists():  # else another process was first: same content
                     raise
@@ -502,7 +502,7 @@ def _from_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase,
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Let transformers load and save without bars of its own."""
+    """Let transformers load and save without its own progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -116,7 +116,7 @@ def _fitted(measured: Mapping[str, Measured], suite: Suite) -> Surrogate | None:
 
 
 def explained(error: BaseException) -> str:
-    """An error in a line, with what was noted to it."""
+    """An error in one line, with the notes added to it."""
     return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
@@ -231,7 +231,7 @@ class Playground:
         return bool(self._future)
 
     def subscribe(self, listener: Callable[[bool], None]) -> None:
-        """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
+        """Call `listener` after every change, with whether the curve moved; also from the measuring thread."""
         self._listeners.append(listener)
 
     def prediction(self) -> NDArray[np.float64] | None:

@@ -1,8 +1,8 @@
-"""The engine: what a model makes of a suite under each of many scalings.
+"""The engine: scores a model on a suite under each of many scalings.
 
-A context is read once for all its questions (`packed`), and layers that candidates have in common are computed once for
-all of them. Greedy exactness needs no decoding: the answer is fed to the model and the arg-max compared at each step,
-which by induction is the verdict of greedy decoding.
+A context is read once for all its questions (`packing`), and layers that candidates have in common are computed once
+for all of them. Greedy exactness needs no decoding: the answer is fed to the model and the arg-max compared at each
+step, which by induction is the verdict of greedy decoding.
 """
 
 import copy
@@ -32,15 +32,15 @@ from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import PRODUCT_ROWS, Layout, Packed, laid_out, pack, rounding_alike, shared_prefix
 from lrs_utils.tasks import Probe, Suite
 
-_TASK_CANDIDATES = 4  # of one batch of contexts in a task for an executor: enough tasks for many workers
-_CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
+_TASK_CANDIDATES = 4  # candidates with one batch of contexts in a task for an executor: enough tasks for many workers
+_CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there; smaller ones are slower if contexts are short
 _CACHED_BYTES = 1440 * 2**20  # of keys and values of all answers decoded together; on a GPU half of what is free
 _LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: what stays in a cache
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What was measured, axes always (candidate, context, question).
+    """What was measured; axes are always (candidate, context, question).
 
     Attributes
     ----------
@@ -51,9 +51,9 @@ class Outcomes:
     depths : float array, shape (questions,), or (contexts, questions) where they differ
         As `Suite.depths`.
     recomputed : int
-        Outcomes that the model was run for; the others were found in the ledger.
+        Outcomes for which the model was run; the others were found in the ledger.
     layers_run, layers_alone : int
-        Decoder layers computed, and how many it would have been with each candidate on its own.
+        Decoder layers computed, and how many there would have been with each candidate scored on its own.
     """
 
     exact: NDArray[np.bool_]
@@ -65,15 +65,15 @@ class Outcomes:
 
 
 class Kept:
-    """What calls of `score` on one model may share, in memory: tokens, and outputs of first layers left unscaled.
+    """What calls of `score` on one model may share in memory: tokens, and outputs of first layers left unscaled.
 
-    For whoever scores the same contexts again and again, as `search` does.
+    For code that scores the same contexts again and again, as `search` does.
 
     Parameters
     ----------
     max_bytes : int
-        Limit for the layers' outputs; contexts that no longer fit are computed each time. Tokens, about 24 bytes each,
-        come on top.
+        Limit for the layers' outputs; contexts that no longer fit are computed each time. Tokens take about 24 bytes
+        each in addition.
     """
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
@@ -88,7 +88,7 @@ class Kept:
         return self._packs[probe.keys]
 
     def after(self, contexts: tuple[str, ...], at_most: int) -> tuple[int, Tensor | None]:
-        """How many unscaled layers a batch has behind it, and their output."""
+        """How many unscaled layers of a batch are already computed, and their output."""
         layers, output = self._outputs.get(contexts, (0, None))
         return (layers, output) if layers <= at_most else (0, None)
 
@@ -127,18 +127,18 @@ def score(
         Advanced by one for every context of every candidate; without it `score` shows its own.
     batch_tokens : int, optional
         Tokens, of contexts times candidates, that go through a layer together; one context with its questions always
-        does. Found automatically: on a GPU from the memory that the first context takes. Where memory runs out all the
-        same, the limit is halved and scoring goes on.
+        does. Found automatically, on a GPU from the memory that the first context takes. If memory still runs
+        out, the limit is halved and scoring continues.
     kept : Kept, optional
-        What earlier calls on the same model left to be shared.
+        What earlier calls on the same model left for sharing.
     executor : concurrent.futures.Executor, optional
         Runs the model elsewhere, in tasks of a batch and a few candidates: processes of this machine (started by
         "spawn": torch does not survive a fork), or a cluster's (`Client.get_executor()` of Dask, the extra `cluster`).
-        Workers load the model by its name onto a device of the same kind, the first that they see, and compute; the
-        ledger is written here only.
+        Workers load the model by its name onto a device of the same kind (the first that they see) and compute; only
+        this process writes the ledger.
 
-    An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever is asked
-    beside it and whatever is known already (`packed.rounding_alike`), on one machine with one number of threads.
+    An outcome depends only on the model, the scaling, the context and the question, to the last bit, whatever else is
+    asked and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def score(
     bar = progress or Progress(missing[..., 0].size, "scoring")
 
     def next_batch(missing: NDArray[np.bool_], tokens: int) -> _Batch:
-        # frequencies that hang on the length of a context need one that goes alone
+        # frequencies that depend on the length of a context need it to go alone
         batch = _next_batch(lm, suite, missing, 1 if dynamic else tokens, kept)
         if not extrapolate:
             for c, (p, packed) in product(batch.candidates, zip(batch.contexts, batch.packs, strict=True)):
@@ -218,7 +218,7 @@ def score(
                         known(batch, c, *rows)
                     layers_run += n_layers
             finally:
-                for future in waiting:  # after an error; those done don't mind
+                for future in waiting:  # after an error; finished ones are not affected
                     future.cancel()
         elif unknown:
             refuse_unscorable(lm)
@@ -286,7 +286,7 @@ def generate_answers(
 ) -> list[list[str]]:
     """Let the model answer freely: greedy text for each question, without answer prefix (the authors' protocol).
 
-    Decoding is by our own settings, whatever the model's generation config says. The context is read once; its
+    Decoding uses our own settings, whatever the model's generation config says. The context is read once; its
     questions are decoded together from copies of its cache.
 
     Parameters
@@ -304,7 +304,7 @@ def generate_answers(
         found = {} if ledger is None else ledger.find_texts(fingerprint, scaling.key, max_new_tokens)
         for p, probe in enumerate(suite.probes):
             if any(key not in found for key in probe.keys):
-                # all questions, known or not: what is decoded together rounds together
+                # all questions, known or not: the batch that is decoded together decides the rounding
                 prompts = [lm.tokenizer(probe.context + q.prompt)["input_ids"] for q in probe.questions]
                 if not extrapolate:
                     longest = max(map(len, prompts)) + max_new_tokens
@@ -321,7 +321,7 @@ def generate_answers(
 
 
 def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy text after each of some prompts that begin alike; what they share is read once."""
+    """Greedy text after each of some prompts with the same beginning; what they share is read once."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     n_context, longest = shared_prefix(prompts), max(map(len, prompts))
     device = lm.model.device
@@ -348,7 +348,7 @@ def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int)
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is scored together: contexts that lack the same answers to the same questions of the same candidates."""
+    """Batches to score together: contexts that lack the same answers to the same questions of the same candidates."""
 
     contexts: list[int]
     candidates: list[int]
@@ -362,7 +362,7 @@ class _Batch:
 
 
 def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kept: Kept) -> _Batch:
-    """The first context that lacks anything, and further ones like it as far as there is room."""
+    """The first context that lacks anything, and further ones like it, as many as there is room for."""
     first = int(missing.any(axis=(0, 2)).argmax())
     asked = missing[missing[:, first].any(axis=1).argmax(), first]
     alike = (missing == asked).all(axis=2)  # (candidates, contexts): nearly always all that lack anything
@@ -380,8 +380,8 @@ def _next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, kep
 
 
 def context_tokens(lm: LM, probe: Probe) -> int:
-    """What "dynamic_ntk" stretches for: the context, whatever is asked about it, so that a question's outcome doesn't
-    hang on which others are asked with it. A text that goes on, which nothing asks for, is read to its end."""
+    """The length that "dynamic_ntk" stretches for: the context, whatever is asked about it, so that an outcome doesn't
+    depend on which other questions are asked. A text that is continued, without a question, is read to its end."""
     [first, *others] = probe.questions
     continued = "" if first.prompt or others else first.answer
     return len(lm.tokenizer(probe.context + continued)["input_ids"])
@@ -409,7 +409,7 @@ class _Room:
 
     @contextmanager
     def watched(self, batch: _Batch) -> Iterator[None]:
-        """Learn from a batch: the memory that the first one takes, and what did not fit."""
+        """Learn from a batch how much memory the first one takes, and what did not fit."""
         if not self._measured:
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
@@ -426,7 +426,7 @@ class _Room:
             self.tokens, self._measured = together // 2, True
             return
         if not self._measured:
-            # what these tokens took at most, branches waiting in the walk included; some is left for fragmentation
+            # the most that these tokens took, waiting branches of the walk included; some is left for fragmentation
             each = (torch.cuda.max_memory_allocated(self._device) - before) / batch.n_tokens
             reserved = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             free = torch.cuda.mem_get_info(self._device)[0] + reserved
@@ -436,7 +436,7 @@ class _Room:
 class _Walk:
     """The trie of candidates over one batch of contexts, walked depth first.
 
-    The model's own forward embeds the tokens and judges what the last layer puts out; in between its layers are called
+    The model's own forward embeds the tokens and judges the output of the last layer. In between, its layers are called
     from here, once for every branch of the trie, up to `width` branches at a time, laid end to end.
     """
 
@@ -525,7 +525,7 @@ class _Walk:
             hits.append(logits.argmax(-1) == wanted)
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
         hit, loss = (torch.cat(parts).double().cpu().numpy() for parts in (hits, losses))
-        # summed on the CPU: a GPU adds in any order, and nll decides between candidates
+        # summed on the CPU: a GPU adds in no fixed order, and nll decides between candidates
         shape = (-1, len(self._batch.packs), len(self._batch.asked))
         owner = self._layout.owner
         owner = np.add.outer(np.arange(len(targets) // len(owner)) * shape[1] * shape[2], owner).ravel()
@@ -535,7 +535,7 @@ class _Walk:
 
 
 def refuse_unscorable(lm: LM) -> None:
-    """Raise the ValueError that names a family whose packed rows are not what its plain forward pass makes of them."""
+    """Raise the ValueError that names a family whose packed rows differ from its plain forward pass."""
     if not tried(lm.model, "score", lambda: _packed_as_plain(lm), True):
         raise ValueError(
             f"{type(lm.model).__name__} can't be scored: tried on a few tokens, a context packed with two questions "
@@ -553,7 +553,7 @@ def _packed_as_plain(lm: LM) -> bool:
     layout = Layout([packed], lm.model.device)
     with attending_by(lm, "lrs_packed"), rounding_alike(), laid_out(layout):
         hidden, given = entered(lm, layout)
-        # not by a call, whose hooks would scale again what `entered` noted scaled
+        # not by a call, whose hooks would scale again what `entered` noted after scaling
         for layer, options in zip(reachable_decoder(lm.model).layers, given, strict=True):
             hidden = _only_hidden(layer, layer.forward(hidden, **options))
         found = judged(lm, hidden[0])
@@ -568,7 +568,7 @@ def _only_hidden(layer: nn.Module, output: Any) -> Tensor:
 
 
 def entered(lm: LM, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The first layer's input for a row of tokens, and what the model gives each layer beside its input.
+    """The first layer's input for a row of tokens, and what the model gives each layer besides its input.
 
     From the model's own forward, with layers that only take notes.
     """

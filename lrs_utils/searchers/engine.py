@@ -1,7 +1,7 @@
-"""The search: a searcher proposes scalings, the engine scores them, an objective says what they are worth.
+"""The search: a searcher proposes scalings, the engine scores them, an objective rates them.
 
-Killed at any moment, a search goes on where it was when it is run again: searchers are deterministic given their seed,
-and the ledger answers for what was measured. Ways to search are in `searchers` and `gradient`.
+Killed at any moment, a search resumes when it is run again: searchers are deterministic given their seed,
+and the ledger holds what was measured. Search methods are in `searchers` and `gradient`.
 """
 
 import math
@@ -131,7 +131,7 @@ class SearchResult:
     generation : list of int
         The `ask` that each candidate came from.
     answers : list of int
-        Answers scored up to and with each candidate, also those found in the ledger; a gradient counts as
+        Answers scored up to and with each candidate, including those found in the ledger; a gradient counts as
         `gradient.PRICE`.
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
@@ -174,7 +174,7 @@ def search(
 ) -> SearchResult:
     """Let a searcher spend `budget` candidates on a suite, or on several.
 
-    With a ledger a search that was killed goes on where it was: run it again with the same arguments.
+    With a ledger a killed search resumes: run it again with the same arguments.
 
     Parameters
     ----------
@@ -284,7 +284,7 @@ def raced(
     measured : function (candidates, first, end) -> Outcomes
         Scores candidates on the contexts from `first` to before `end`.
     rival : float array, shape (contexts,)
-        What the rival is worth, context by context (`by_context`).
+        The rival's values, context by context (`by_context`).
     """
     n = len(rival)
     looks = [n // 2, n * 3 // 4]

@@ -1,7 +1,7 @@
 """The gradient of a suite's nll with respect to numbers of layers and heads, and the search that follows it.
 
 A factor enters a model through one layer's cos and sin, a head's numbers multiply its activations, so the nll of an
-answer can be differentiated in all of them at once, for about the price of four forward passes (one to compute
+answer can be differentiated in all of them at once, for about the cost of four forward passes (one to compute
 activations again instead of keeping them). Ours; the paper (2503.04355) searches without gradients.
 """
 
@@ -191,7 +191,7 @@ class GradientSearch:
     ----------
     lm : LM
     suites : Suite or sequence of Suite
-        What the nll is taken of. Contexts are drawn without putting back until all were seen.
+        What the nll is taken of. Contexts are drawn without replacement until all were seen.
     weights : sequence of float, optional
         Of the suites' nll in their sum; 1 each by default.
     vary : str
@@ -209,11 +209,11 @@ class GradientSearch:
     every : int
         Steps between candidates.
     questions : int, optional
-        At most so many questions of a context in a step, drawn anew each time and spread over depth: a cheaper step.
+        At most this many questions of a context in a step, drawn again each time and spread over depth: a cheaper step.
     extrapolate : bool
         Allow contexts longer than the window.
     ledger : Ledger, optional
-        Gradients found there are not computed again: a search that was killed goes on where it was.
+        Gradients found there are not computed again, so a killed search resumes.
     seed : int
         Of the order of contexts.
     progress : Progress, optional

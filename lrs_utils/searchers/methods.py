@@ -1,8 +1,8 @@
-"""Ways to search: what to try next, given what earlier candidates were worth.
+"""Search methods: what to try next, given the fitness of earlier candidates.
 
 The paper's genetic algorithm (2503.04355) and its rivals, all in the same space of curves over depth. A searcher
-proposes scalings (`ask`) and is told what they are worth (`tell`). It is deterministic given its seed and keeps nothing
-on disk: resuming a search is running it again, with the ledger answering for what was measured.
+proposes scalings (`ask`) and is told their fitness (`tell`). It is deterministic given its seed and keeps nothing
+on disk: resuming a search is running it again, with the ledger holding what was measured.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _EVEN = (1 / 3, 1 / 2)  # coordinates of inner control points that stand evenly
 
 
 class Searcher(Protocol):
-    """What `search` needs of a way to search.
+    """What `search` needs of a search method.
 
     Racing needs a `rival` as well, see `GeneticSearch`; a searcher that asks the model itself counts its `answers`, see
     `GradientSearch`.
@@ -33,7 +33,7 @@ class Searcher(Protocol):
         """Propose candidates not proposed before; an empty list ends the search."""
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
-        """Report the worth of candidates from the last `ask` (the first of them only, where the budget ended)."""
+        """Report the fitness of candidates from the last `ask` (the first of them only, where the budget ended)."""
 
 
 def varied(vary: str) -> list[int]:
@@ -74,7 +74,7 @@ class Space:
     scheme, extension, combine
         How factors enter the frequencies, and what they come on top of: as in `LayerScaling`.
     first_layer : int
-        Layers before it stay as they are.
+        Layers before it are not scaled.
     bounds, temperature_bounds : (low, high)
         Of control values and of what comes of them. The paper's factors are in (1, 2); a model that a factor above 1
         hurts needs some below.
@@ -84,7 +84,7 @@ class Space:
         Height of the flat first curve of factors; by default the middle of the bounds (the paper's 1.5). That of
         temperatures starts at 1.
     move_layers : bool
-        Also search where along depth the inner control points stand.
+        Also search where the inner control points are along depth.
     """
 
     num_layers: int
@@ -147,7 +147,7 @@ class Space:
         return tuple(Points(tuple(layers.tolist()), (start,) * n) for start in self.starts)
 
     def moves(self, k: int) -> bool:
-        """Whether the k-th control point of a curve may stand elsewhere."""
+        """Whether the k-th control point of a curve may move along depth."""
         room = self.num_layers - self.first_layer >= 4  # for four points on whole layers
         return self.move_layers and room and (self.shape, k) in (("bezier", 1), ("bezier", 2), ("step", 1))
 
@@ -180,7 +180,7 @@ class Space:
         return tuple(genome)
 
     def scaling(self, genome: Genome) -> LayerScaling:
-        """What a genome stands for."""
+        """The scaling that a genome encodes."""
         curves = [self._sampled(points, bounds) for points, bounds in zip(genome, self.curve_bounds, strict=True)]
         factors = (1.0,) * self.num_layers if self.vary == "temperatures" else curves[0]
         temperatures = None if self.vary == "factors" else curves[-1]
@@ -212,7 +212,7 @@ class GeneticSearch:
     As 2503.04355 describes it, as far as that is known; where it is silent, as the co-author's LongRoPE (2402.13753,
     released code) does it: the first population is a flat curve and mutations of it; each generation keeps the best
     `parents` (elitist) and adds `mutations` of random parents and `crossovers` of two. A genome whose scaling was seen
-    before is not proposed again, also if its control points differ.
+    before is not proposed again, even if its control points differ.
 
     Parameters
     ----------
@@ -269,12 +269,12 @@ class GeneticSearch:
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
         """Keep the fittest `parents` of everything told so far."""
         self._members += [_Member(self._genomes[c], c, f) for c, f in zip(candidates, fitness, strict=True)]
-        self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the elder stays
+        self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the older one stays
         del self._members[self._parents :]
 
     @property
     def rival(self) -> LayerScaling | None:
-        """Whom a new candidate must beat to become a parent: the weakest one, or nobody while there is room."""
+        """The parent that a new candidate must beat to become one: the weakest, or none while there is room."""
         return self._members[-1].scaling if len(self._members) == self._parents else None
 
     def curve(self, scaling: LayerScaling) -> BezierCurve:

@@ -2,7 +2,7 @@
 
 N documents, one of which holds the answer. The authors' files of 10, 20 and 30 documents can't be fetched, so contexts
 are built: from the release's own questions with their gold passages ("oracle", NaturalQuestions), or from facts of the
-CIA World Factbook ("factbook"), which the package index holds. Distractors are the passages most alike, by BM25, to a
+CIA World Factbook ("factbook"), which the package index holds. Distractors are the passages most similar, by BM25, to a
 question together with its own passage, that hold none of its answers. They are easier than the authors' retriever's:
 such accuracies are not comparable with the paper's.
 """
@@ -83,7 +83,7 @@ def mdqa(
 ) -> Suite:
     """Generate a suite in which every document of a context answers a question of its own, so one reading serves all.
 
-    The documents are those most alike to one of them and its question; none holds an answer of another's.
+    The documents are those most similar to one of them and its question; none holds an answer of another's.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def mdqa_gold_moved(
 def capitals(n_contexts: int = 100, seed: int = 0, *, n_options: int = 4) -> Suite:
     """What a model knows without any context: the capital of a country, to be told from other countries' capitals.
 
-    A check that runs offline of what a scaling costs beside long contexts. The options are the questions of a context,
+    An offline check of what a scaling costs besides long contexts. The options are the questions of a context,
     the right one first: it is known where its nll is the least of them, `outcomes.nll.argmin(axis=2) == 0`.
     """
     known = [item for item in _factbook(None) if "capital" in item.question]
@@ -233,7 +233,7 @@ class _Pool:
             yield self.items[i], np.random.default_rng([seed, context, 3])
 
     def ranked(self, item: Item) -> Iterator[Document]:
-        """Other documents under other titles, those most alike to the question and its passage first."""
+        """Other documents under other titles, those most similar to the question and its passage first."""
         # the question alone would not do: a country's name stands in its own passage only, and what is left of the
         # question stands in all, so that the same few passages would be next to every question
         query = f"{item.question} {item.gold.title} {item.gold.text}"
@@ -400,7 +400,7 @@ def _field(entry: Any, path: str) -> str:
 
 
 def _opening(text: str, n_words: int) -> str:
-    """Whole sentences from the begin of a text, as many as fit."""
+    """Whole sentences from the beginning of a text, as many as fit."""
     ends = [0, *(match.end() for match in re.finditer(r"(?<=[a-z0-9)][.!?])(?<!\bSt\.)(?= [A-Z]|$)", text))]
     fitting = [end for _, end in pairwise(ends) if len(text[:end].split()) <= n_words]
     return text[: fitting[-1]] if fitting else ""
