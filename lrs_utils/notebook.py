@@ -1,8 +1,8 @@
-"""What one notebook's session needs: its profile and parameters, the ledger, tables, and where results go.
+"""What a notebook's session needs: its profile and parameters, the ledger, tables, and where results go.
 
-A notebook declares its parameters (cell tagged `parameters`) and calls `begin`. What is left None comes from
-`notebooks/profiles/<profile>.yaml`; anything misspelt or mistyped stops the run. All of them are run by
-`tools/reproduce.py`.
+A notebook declares its parameters (cell tagged `parameters`) and calls `begin`. Those left None come from
+`notebooks/profiles/<profile>.yaml`; a misspelt name or a wrong type stops the run. `tools/reproduce.py` runs all
+notebooks.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ from lrs_utils.progress import Progress
 from lrs_utils.scoring.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent  # the clone; notebooks and tools run from one, never from a wheel
-VERIFY = "LRS_VERIFY"  # the variable that says which sample is to be measured again: a seed
+VERIFY = "LRS_VERIFY"  # the variable that says which sample to measure again: a seed
 AGAIN = "again"  # the folder, below a run's, for pieces of tables measured again
 RESULTS_FOLDER = "LRS_RESULTS"  # the variable that says where results go
-_SAMPLE = 20  # outcomes forgotten behind each notebook
+_SAMPLE = 20  # outcomes to forget behind each notebook
 _SHIPPED = ".outcomes.csv.gz"
 _IPYTHON_NAMES = {"In", "Out"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a notebook with all its settings decided.
+    """One execution of a notebook with all its settings fixed.
 
     Attributes
     ----------
@@ -65,9 +65,9 @@ class Run:
     def folder(self) -> Path:
         """Where results go: $LRS_RESULTS, else the repository for the plain `cpu` profile, else build/.
 
-        So no committed file changes but by the plain `cpu` profile.
+        So only the plain `cpu` profile changes committed files.
 
-        Below it `figures/`, `data/results/` and `lrs_utils/data/factors/`, as in the repository.
+        Below it are `figures/`, `data/results/` and `lrs_utils/data/factors/`, as in the repository.
         """
         if folder := os.environ.get(RESULTS_FOLDER):
             return Path(folder)
@@ -78,19 +78,19 @@ class Run:
 
     @property
     def place(self) -> str:
-        """`folder`, for people."""
+        """`folder`, as shown to a reader."""
         if self.folder == ROOT:
             return "the repository"
         return str(self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder)
 
     def path(self, relative: str) -> Path:
-        """A file to write below `folder`, its parents made."""
+        """A file to write below `folder`; its parent folders are made."""
         path = self.folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def scratch(self, name: str) -> Path:
-        """A place for what is never committed: below `folder`, or build/ where that is the repository."""
+        """A place for files that are never committed: below `folder`, or build/ where that is the repository."""
         path = (ROOT / "build" / self.profile if self.folder == ROOT else self.folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -99,8 +99,8 @@ class Run:
     def ledger(self) -> Ledger:
         """Outcomes measured on this machine and those that ship with the repository.
 
-        With `fresh` a new, empty file instead, so that everything is measured; to verify what ships (`verify`), what
-        ships alone but for a sample.
+        With `fresh`, a new, empty file instead, so that everything is measured. To verify shipped outcomes
+        (`verify`), only the shipped ones, without a sample of them.
         """
         if self.fresh:
             return Ledger(cache_folder() / f"ledger-{_now()}.sqlite")
@@ -117,11 +117,11 @@ class Run:
 
     @cached_property
     def trainings(self) -> Path:
-        """Where training goes on and what is trained is found (`finetune.train`); with `fresh` a new, empty folder."""
+        """The folder of trainings, unfinished and finished (`finetune.train`); with `fresh` a new, empty folder."""
         return cache_folder() / (f"trainings-{_now()}" if self.fresh else "trainings")
 
     def ship(self, candidates: list[tuple[str, str]], questions: list[str]) -> Path:
-        """Export the outcomes behind this run's results, so that a fresh clone draws them without the model."""
+        """Export the outcomes behind this run's results, so that a fresh clone plots them without the model."""
         path = self.path(f"data/results/{self.notebook}{_SHIPPED}")
         self.ledger.export(path, candidates, questions, self.provenance)
         return path
@@ -134,20 +134,21 @@ class Run:
         again: Sequence[str] | None = None,
         **settings: Any,
     ) -> pd.DataFrame:
-        """Measure what the ledger doesn't hold, or find it where it was measured with the same settings.
+        """Measure a table that the ledger can't hold, or find it where it was measured with the same settings.
 
-        Found in the committed data/results/<name>.csv, whose first line says of what it is, else in the cache, where
-        each piece is written as soon as it is known: a killed run goes on where it was. Written below `folder`.
+        It is looked up in the committed data/results/<name>.csv, whose first line gives the settings, then in the
+        cache. Each piece is written there as soon as it is known, so a killed run resumes. The table is written below
+        `folder`.
 
         Parameters
         ----------
         pieces : mapping of str to function
-            Rows of the table by name of a piece; measured one after the other.
+            For each piece's name, a function that gives its rows; measured one after the other.
         again : sequence of str, optional
-            Pieces that `--verify` may measure again, where others take too long; by default all.
+            Pieces that `--verify` may measure again, if others take too long; by default all.
         settings
-            All that the numbers of every piece depend on beside its name (model fingerprint, sizes, seed): plain JSON
-            values.
+            Everything that the numbers of every piece depend on besides its name (model fingerprint, sizes, seed):
+            plain JSON values.
         """
         about = json.dumps({"pieces": list(pieces), **settings})
         path, committed = self.path(f"data/results/{name}.csv"), ROOT / "data" / "results" / f"{name}.csv"
@@ -195,7 +196,7 @@ class Run:
 
 
 def sampled(outcomes: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Rows of exported outcomes that are to be forgotten and measured again."""
+    """Rows of exported outcomes to forget and measure again."""
     return outcomes.sample(min(_SAMPLE, len(outcomes)), random_state=seed)
 
 
@@ -205,7 +206,7 @@ def profiles(root: Path | None = None) -> dict[str, Path]:
     Raises
     ------
     FileNotFoundError
-        There are none: this is no clone.
+        There are none: this is not a clone.
     """
     root = root or ROOT
     found = {path.stem: path for path in sorted((root / "notebooks" / "profiles").glob("*.yaml"))}
@@ -220,14 +221,14 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
     Parameters
     ----------
     notebook : str
-        Its file name without ending.
+        Its file name without the extension.
     namespace : mapping
         The notebook's `globals()`. Declared parameters are the annotated names in it.
 
     Raises
     ------
     ValueError
-        An unknown parameter or profile, or a value of the wrong type; names it and what is allowed.
+        An unknown parameter or profile, or a value of the wrong type; the message names it and what is allowed.
     """
     declared = dict(namespace["__annotations__"])
     profile, files = namespace["profile"], profiles()
@@ -242,7 +243,7 @@ def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
             raise ValueError(f"{notebook} has no parameter {name!r}; it has {', '.join(declared)}")
     settings |= settings.pop(f"notebook_{notebook[:2]}", {})  # what differs in this one
     settings = {name: value for name, value in settings.items() if not name.startswith("notebook_")}
-    namespace["_begun"] = True  # cells run again in this kernel: the notebook's own names are no parameters
+    namespace["_begun"] = True  # if cells run again in this kernel, the notebook's own names are not parameters
     overridden = {}
     for name, kind in declared.items():
         value = namespace[name]
@@ -272,7 +273,7 @@ def versions() -> str:
 
 
 def revision() -> str:
-    """The commit that the code is of, with "+changes" where it differs from it."""
+    """The commit of the code, with "+changes" where the code differs from it."""
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:

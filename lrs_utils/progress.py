@@ -1,4 +1,4 @@
-"""Progress of long work: a tqdm bar where someone watches, one line per step where only a log does."""
+"""Progress of long work: a tqdm bar if someone is watching, one line per step if there is only a log."""
 
 import os
 import sys
@@ -16,8 +16,8 @@ _SECONDS_BETWEEN_LINES = 2.0
 class Progress:
     """Counts units of work done out of `total`.
 
-    A bar in JupyterLab and on a terminal. Elsewhere (papermill, CI, a log file) lines, at most one every two seconds.
-    In a notebook nothing of it stays in the cell's output once the work is done.
+    Shows a bar in JupyterLab and on a terminal; elsewhere (papermill, CI, a log file) lines, at most one every two
+    seconds. In a notebook nothing of it stays in the cell's output once the work is done.
     """
 
     def __init__(self, total: int, description: str) -> None:
@@ -107,5 +107,5 @@ def _in_kernel() -> bool:
 def _headless() -> bool:
     if not _in_kernel():
         return not sys.stderr.isatty()
-    # a kernel that a Jupyter server, Colab or VS Code started has someone before it; papermill sets none of these
+    # someone watches a kernel that a Jupyter server, Colab or VS Code started; papermill sets none of these
     return not any(name in os.environ for name in ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID"))

@@ -1,8 +1,8 @@
-"""What an answer and a search cost, against decoding every answer anew and against the machine's limit: `make bench`.
+"""What an answer and a search cost, against decoding each answer separately and the machine's limit: `make bench`.
 
-One run; repetitions of all lines are interleaved, so that a noisy machine slows them alike, and ratios are taken within
-a repetition. The limit is the number of operations the line's work needs over the machine's own rate of matrix products
-in the model's precision, measured in the same repetition.
+One run; repetitions of all lines are interleaved, so that a noisy machine slows them equally, and ratios are taken
+within a repetition. The limit is the number of operations that the line's work needs, divided by the machine's own
+rate of matrix products in the model's precision, measured in the same repetition.
 """
 
 import argparse
@@ -43,7 +43,7 @@ GENERATION, GENERATION_ALONE = "generation of the search", "generation, each can
 
 @dataclass(frozen=True)
 class Work:
-    """Something to time: what it is, how many answers it gives, and the operations that takes at least."""
+    """Something to time: what it is, how many answers it gives, and the least operations it needs."""
 
     line: str
     pairs: int
@@ -74,7 +74,7 @@ def operations(lm: LM, tokens: int, seen: int, judged: int) -> float:
 
 
 def generate_work(lm: LM, probe: Probe, scaling: LayerScaling, questions: Sequence[int]) -> Work:
-    """(a) The way public code does it: `model.generate` for each question on its full prompt, one at a time."""
+    """(a) As public code does it: `model.generate` for each question on its full prompt, one at a time."""
     prompts: list[tuple[Tensor, int]] = []
     total = 0.0
     for q in questions:
@@ -325,7 +325,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def seconds_of(device: torch.device, run: Callable[[], object]) -> float:
-    """What a call takes, work that it leaves to a GPU included."""
+    """Seconds of a call, including the work that it leaves to a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

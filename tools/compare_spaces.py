@@ -1,11 +1,11 @@
-"""Which numbers are worth learning: every space by the same recipe, judged on contexts that nothing has seen.
+"""Which numbers are worth learning: every space searched by the same recipe, judged on contexts that nothing has seen.
 
     python tools/compare_spaces.py --tasks both --spaces head_gains heads --seeds 0 1 2 --contexts 100
 
-Each row of data/results/spaces.csv is one `find_scaling` (a space, a seed, the tasks of its objective) and what its
-scaling is worth on 20 UUID pairs and on 40 short pairs; the scaling itself is in build/spaces. Killed, the same command
-goes on where it was: outcomes are in the ledger, and what is done is exported beside the table, so that another machine
-goes on from there too.
+Each row of data/results/spaces.csv is one `find_scaling` (a space, a seed, the tasks of its objective) with its
+gains on 20 UUID pairs and on 40 short pairs; the scaling itself is in build/spaces. If it is killed, the same command
+resumes: outcomes are in the ledger, and finished ones are exported beside the table, so that another machine can
+continue from there too.
 """
 
 import argparse

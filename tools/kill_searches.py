@@ -1,10 +1,10 @@
-"""Kill real searches again and again: each must end where it would have.
+"""Kill real searches again and again: each must end in the same place as without.
 
     python tools/kill_searches.py
 
-Each search runs once undisturbed and once with `--kills` times SIGKILL, each after a random part of what was left,
-each with a ledger of its own. Rows of data/results/kills.csv: whether every candidate, every fitness and every row of
-the ledger is the same to the last bit.
+Each search runs once undisturbed and once with SIGKILL sent `--kills` times, each time after a random part of what was
+left. Both have their own ledger. The rows of data/results/kills.csv say whether every candidate, every fitness and
+every row of the ledger is the same to the last bit.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def _count(path: Path) -> int:
 
 
 def _rows(path: Path) -> list[tuple[Any, ...]]:
-    """Outcomes and gradients, in an order of their own."""
+    """Outcomes and gradients, in a fixed order."""
     if not path.exists():
         return []
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as ledger:

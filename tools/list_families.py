@@ -1,11 +1,11 @@
-"""Which families of transformers a scaling reaches: every causal language model type, built tiny and tried.
+"""Which model families of transformers a scaling works on: every causal language model type, built tiny and tried.
 
     python tools/list_families.py
 
-Each row of data/results/families.csv is a model type. A verdict is "exact" where what a scaling does was found to be
-what something else computes: factors, transformers' own `linear` rope type (or frequencies divided, where another
-type is a family's own); temperatures, attention's own scale; gains, the output projection's weight; score, a plain
-forward pass for each question; generate, a forward pass for each token.
+Each row of data/results/families.csv is a model type. A verdict is "exact" if the scaling gave the same as another
+computation: for factors, transformers' own `linear` rope type (or divided frequencies, if the family has another type
+of its own); for temperatures, attention's own scale; for gains, the output projection's weight; for score, a plain
+forward pass for each question; for generate, a forward pass for each token.
 Otherwise it is "refused", with what `lrs_utils` says, or "wrong", which `tests/test_families.py` forbids.
 """
 
@@ -78,7 +78,7 @@ def build(model_type: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for weight in model.parameters():  # some families start from zeros, or hardly visible ones
+        for weight in model.parameters():  # some families start from zeros, or values close to zero
             weight += 0.3 * torch.randn_like(weight) if weight.dim() == 1 else torch.randn_like(weight) * 0.3 - weight
     return model.eval().requires_grad_(False)
 
@@ -174,7 +174,7 @@ CHECKS: dict[str, Callable[[LM], bool]] = {
 
 
 def _as_edited(lm: LM, scaling: LayerScaling | HeadScaling, edit: Callable[[Any], Any]) -> bool:
-    """Whether a scaling does what an edit of every layer's attention does, and anything at all."""
+    """Whether a scaling does the same as an edit of every layer's attention, and has any effect."""
     with scaling.applied_to(lm.model):
         found = _logits(lm.model)
     edited = copy.deepcopy(lm.model)

@@ -47,7 +47,7 @@ def _test() -> list[dict[str, str]]:
 
 
 def _best() -> list[dict[str, str]]:
-    """Of the test: the paper's algorithm as it is and as chosen, its scheme at its best, and the most by numbers of
+    """From the test: the paper's algorithm as it is and as chosen, its scheme at its best, and the best by numbers of
     layers, which took four times the others' budget."""
     meaning = {
         "no scaling": "no scaling",
@@ -62,7 +62,7 @@ def _best() -> list[dict[str, str]]:
 
 
 def _expect() -> list[dict[str, str]]:
-    """What `find_scaling` gave, a row for each model and task: notebook 00's, and those of the comparison of spaces."""
+    """What `find_scaling` gave, a row for each model and task, from notebook 00 and from the comparison of spaces."""
     found = {(row["task"], row["measure"]): row for row in _rows("found")}
     [task] = {task for task, measure in found if measure == "accuracy"}
     accuracy, text = found[task, "accuracy"], found["text", "perplexity, not seen"]
@@ -121,7 +121,7 @@ def _recipes() -> list[dict[str, str]]:
 
 
 def _families() -> list[dict[str, str]]:
-    """Model types with the same verdicts in one row, those that reach most first."""
+    """Model types with the same verdicts in one row, those with the most "exact" first."""
     verdicts = pd.DataFrame(_rows("families")).set_index("type").drop(columns="class").fillna("not built")
     verdicts = verdicts.map(lambda verdict: verdict.partition(":")[0])
     rows = [
@@ -221,7 +221,7 @@ def _cream_large() -> list[dict[str, str]]:
 
 
 def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
-    """Name and question of every notebook, and of its figures its namesake, else the first that a README shows."""
+    """Name and question of every notebook, with the figure of its name, else the first figure that a README shows."""
     rows, shown = [], "".join(_TABLE.sub("", path.read_text(encoding="utf-8")) for path in READMES)
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source  # type: ignore[no-untyped-call]
@@ -247,7 +247,7 @@ TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
 
 
 def filled(text: str) -> str:
-    """A README with every table written anew.
+    """A README with every table written again.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """The whole collection in one command: `python tools/reproduce.py --profile smoke`.
 
-Each notebook runs by papermill in a process of its own and writes into a run folder, never over its source. A notebook
-that fails doesn't stop the others. What was run, with which settings and code, and what came of it is in the folder's
-manifest.json, for eyes in index.html. With the path of an executed notebook it prints what that one's summary printed.
+Each notebook runs under papermill in its own process and writes into a run folder, never over its source. A notebook
+that fails doesn't stop the others. The folder's manifest.json says what was run, with which settings and code, and with
+what result; index.html shows it. Given the path of an executed notebook, it prints what that one's summary printed.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.verify and (options.profile != "cpu" or options.given or options.fresh or options.resume):
         parser.error("--verify runs what is committed: profile cpu as it is, without -p, --fresh and --resume")
     try:
-        profiles(ROOT)  # what is no clone is refused before anything is said to be missing from it
+        profiles(ROOT)  # a folder that is not a clone is refused before anything is said to be missing from it
         notebooks = _chosen(options.only)
         parameters = _parameters(options, notebooks)
     except (FileNotFoundError, ValueError) as error:
@@ -166,7 +166,7 @@ def _chosen(only: Sequence[str]) -> list[Path]:
 
 
 def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """What papermill gives each notebook: the profile, and of the given parameters those that it has."""
+    """What papermill gives each notebook: the profile, and those of the given parameters that it has."""
     if options.profile not in profiles(ROOT):
         raise ValueError(f"there is no profile {options.profile!r}; there are {', '.join(profiles(ROOT))}")
     if options.jobs < 1:
@@ -195,7 +195,7 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
 
 
 def _digest(path: Path, parameters: dict[str, Any]) -> str:
-    """Of what is committed and a run depends on: code, parameters, profile, the package with its data, versions."""
+    """A hash of what a run depends on: code, parameters, profile, the package with its data, versions."""
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
     package = [path for path in sorted((ROOT / "lrs_utils").rglob("*")) if path.is_file()]
     files = [path for path in package if path.parent.name != "__pycache__"]

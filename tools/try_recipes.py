@@ -1,9 +1,9 @@
-"""What the demo could be: keys, pairs, steps, rate and weight of text, each tried by the same call of `find_scaling`.
+"""Recipes for the demo: keys, pairs, steps, rate and weight of text, each tried by the same call of `find_scaling`.
 
     python tools/try_recipes.py
 
 A row of data/results/recipes.csv is one recipe, with what it gains on test contexts and what it costs. The first is
-that of `make demo`; the others differ from it in what their names say. Killed, the same command goes on where it was.
+that of `make demo`; the others differ from it as their names say. If it is killed, the same command resumes.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """Are the committed results what the code gives? `python tools/reproduce.py --verify`.
 
-The notebooks run once more with some of what is committed forgotten: a few outcomes behind each notebook, a piece of
-each measured table. What is measured again, and every result computed from it, is compared with what is committed.
+The notebooks run once more with some committed data forgotten: a few outcomes behind each notebook and a piece of
+each measured table. What is measured again, and every result computed from it, is compared with the committed data.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from lrs_utils.notebook import AGAIN, sampled
 
 _SLACK = 0.02  # relative and absolute: another machine adds bfloat16 products in another order
 _OFF = 0.05  # the share of values that may be further off: answers near a tie fall to the other side
-# what no machine gives twice
+# numbers that no machine gives twice
 _TIMES = ["seconds", "GiB", "seconds per 1,000 tokens", "candidate", "step", "known at the kill"]
 _NAMED = ["model", "scaling", "question", "max_new_tokens"]
 
@@ -76,7 +76,7 @@ def _compare(name: str, before: pd.DataFrame, after: pd.DataFrame, head: str = "
     before, n = before[list(after)], len(after)
     places: Iterable[int] = range(len(before) - n + 1)
     if (piece := re.match(r"# (\d+) of (\d+):", head)) and n * int(piece[2]) == len(before):
-        places = [n * int(piece[1])]  # else pieces differ in size, and this one stands where it fits best
+        places = [n * int(piece[1])]  # else pieces differ in size, and this one is where it fits best
     off = min(_n_off(before.iloc[at : at + n], after) for at in places)
     n_values = after.columns.difference(_NAMED).size * n
     return Compared(name, n_values, off, "" if n == len(before) else f"{n} of {len(before)} rows")

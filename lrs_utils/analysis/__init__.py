@@ -1,1 +1,1 @@
-"""What measurements say: statistics, attention heads, plots."""
+"""Analysis of measurements: statistics, attention heads, plots."""

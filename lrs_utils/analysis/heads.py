@@ -1,4 +1,4 @@
-"""What attention does with a text, layer by layer and head by head, measured exactly and without T x T maps.
+"""What attention does with a text, by layer and head, measured exactly and without T x T maps.
 
 Entropy and mass of attention by query (the paper hypothesises that early layers aggregate and later ones filter; how it
 measures that is not known, CHOICES.md), queries times keys by distance, and how much a head copies. Scaled models are
@@ -58,7 +58,7 @@ def attention(
         Where parts begin, the first at 0; by default the first token, which many heads use as a sink, and ten equal
         parts of the rest.
     queries : int, optional
-        Only so many last tokens; by default all.
+        Only this many last tokens; by default all.
 
     Returns
     -------
@@ -108,9 +108,9 @@ def attention(
 def logits_by_distance(lm: LM, ids: Sequence[int]) -> NDArray[np.float32]:
     """Mean attention logit (q.k / sqrt(dim), positions included) at each distance, over the second half's queries.
 
-    Every distance up to half the text has all these queries and as many keys, so that none is compared over other
-    tokens than the next; the first token, a sink, is never among the keys. All pairs at once by correlation: the sum
-    over m of q_m . k_(m-r) for every r is a product in Fourier space.
+    Every distance up to half the text has all these queries and as many keys, so that all distances are compared over
+    the same queries; the first token, a sink, is never among the keys. All pairs are computed at once by correlation:
+    the sum over m of q_m . k_(m-r) for every r is a product in Fourier space.
 
     Returns
     -------
@@ -132,12 +132,12 @@ def logits_by_distance(lm: LM, ids: Sequence[int]) -> NDArray[np.float32]:
 
 
 def induction_scores(lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int = 0) -> pd.DataFrame:
-    """How much each head works as one of the two that copy: what followed this token before, follows again.
+    """How much each head works as one of the two kinds that copy what followed this token before.
 
     Olsson et al. 2022 (2209.11895): a previous-token head tells every token what came before it, and a later induction
     head looks for the token that this one came before. Measured on a text of random tokens that comes twice, in the
     second copy: attention to the token just before (previous token), and to the one after the same token in the first
-    copy (prefix matching). 1 always, about 1 / tokens by chance.
+    copy (prefix matching). A score of 1 means always; chance gives about 1 / tokens.
 
     Returns
     -------
@@ -194,7 +194,7 @@ def _attend_watched(
     window = known_window(module, sliding_window, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     _watcher.get()(module.layer_idx, query[0].float() * scale, key[0].float(), window)  # type: ignore[arg-type]
-    # keys repeated for the heads that share them: torch would fall back to T x T maps of all heads
+    # keys are repeated for the heads that share them: torch would fall back to T x T maps of all heads
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     seen = None
     if window is not None:

@@ -24,7 +24,7 @@ _COLOURS = sns.color_palette("colorblind")
 
 
 def use_style() -> None:
-    """Set the style of all figures; call once in a notebook's set-up cell."""
+    """Set the style of all figures; call once in a notebook's setup cell."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.15)
     plt.rcParams |= {
         "figure.figsize": (5.2, 3.2),
@@ -199,7 +199,7 @@ def generations(result: SearchResult[LayerScaling], shown: int = 4) -> Figure:
 
 
 def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = None) -> Figure:
-    """Best so far against answers scored, one line for each way to search: mean of its seeds, least to most as a band.
+    """Best so far against answers scored, one line for each search method: mean of its seeds, least to most as a band.
 
     Parameters
     ----------
@@ -225,18 +225,18 @@ def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = No
 
 
 def pareto(points: pd.DataFrame, by: str, *, x: str, y: str, ax: Axes | None = None) -> Figure:
-    """What each way gains against what it costs, its doses joined by a line, and the front that none of all betters.
+    """Gain of each method against its cost, with its doses joined by a line, and the front that no other point beats.
 
     Parameters
     ----------
     points : DataFrame
-        Columns `x` (cost, less is better), `y` (gain) and `by`; of each way in the order of its doses.
+        Columns `x` (cost, less is better), `y` (gain) and `by`; rows of a method in the order of its doses.
     """
     ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
     ordered = points.sort_values(x)
     front = ordered[ordered[y] > ordered[y].astype(float).cummax().shift(fill_value=-np.inf)]
     ax.step(front[x], front[y], where="post", color="0.75", linewidth=4, label="front", zorder=0)
-    looks = zip(cycle(_COLOURS), cycle("osD^vP*"))  # of lengths that give each way a look of its own
+    looks = zip(cycle(_COLOURS), cycle("osD^vP*"))  # lengths that give each method its own look
     for (name, rows), (colour, marker) in zip(points.groupby(by, sort=False), looks, strict=False):
         ax.plot(rows[x], rows[y], color=colour, marker=marker, markersize=4, linewidth=1, label=name)
     ax.set(xlabel=x, ylabel=y)
@@ -250,7 +250,7 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     Parameters
     ----------
     table : DataFrame
-        As `lrs_utils.benchmark.summary` gives it.
+        As `summary` of tools/benchmark.py gives it.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1, 1.2))
     lines = {"generate": "model.generate, one by one", "score, all positions": "score, all positions"}

@@ -1,7 +1,7 @@
 """From outcomes to numbers: accuracy by depth, context utilisation U, intervals and paired tests.
 
-Contexts are the unit of chance: questions about one context share its reading, so intervals and tests resample
-contexts. Only correlations over layers or heads resample those.
+Contexts are the sampling unit: questions about one context share one reading, so intervals and tests resample
+contexts. Only correlations over layers or heads resample layers or heads.
 """
 
 from collections.abc import Callable
@@ -87,9 +87,9 @@ def mean_over_questions(values: ArrayLike, depths: ArrayLike) -> NDArray[np.floa
     Parameters
     ----------
     values : array, shape (..., contexts, questions)
-        Verdicts or nll. What stands where nothing is asked doesn't count.
+        Verdicts or nll. Values where nothing is asked don't count.
     depths : float array, shape (questions,) or (contexts, questions)
-        A suite's: of two dimensions where contexts ask at different depths, nan where one has no such question.
+        A suite's depths: two dimensions if contexts ask at different depths, nan where a context has no such question.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def _of_each_question(values: ArrayLike, depths: ArrayLike) -> tuple[NDArray[np.
 
 
 def _mean_where(asked: NDArray[np.bool_], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the last axis of what is asked, nan where nothing is."""
+    """Mean over the asked questions on the last axis, nan if there are none."""
     with np.errstate(invalid="ignore"):  # 0 / 0
         return np.asarray(np.where(asked, values, 0).sum(axis=-1) / asked.sum(axis=-1))
 
@@ -160,8 +160,8 @@ def _same_depths(depths: ArrayLike) -> NDArray[np.float64]:
 
 
 def _weighted(accuracy: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:
-    # one after the other: `@` and `sum` add in an order that hangs on the machine and on how many candidates there are,
-    # and where two differ in the last bit alone a search takes another way
+    # one after the other: `@` and `sum` add in an order that depends on the machine and the number of candidates,
+    # and if two differ only in the last bit, a search can take another path
     return np.asarray(np.cumsum(accuracy * (w / w.sum()), axis=-1)[..., -1])
 
 
@@ -179,7 +179,7 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
     ----------
     values : array, shape (contexts,) or (contexts, questions)
         Accuracy by depth: `bootstrap_mean(outcomes.exact[candidate])`; mean accuracy: the same averaged over questions.
-        Where all contexts agree the interval has no width, which says nothing of contexts not seen.
+        If all contexts agree, the interval has no width, which says nothing about contexts not seen.
 
     Returns
     -------
@@ -199,8 +199,8 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
 def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> Interval:
     """Spearman's rank correlation of two numbers of each unit (a layer, a head), with a bootstrap interval over units.
 
-    The interval takes units for independent. Layers are not: what is smooth over depth correlates by chance more often
-    (`shift_test`).
+    The interval treats units as independent. Layers are not: values that are smooth over depth correlate by chance more
+    often (`shift_test`).
 
     Parameters
     ----------
@@ -267,7 +267,7 @@ def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: in
 
 
 def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """P-values of several tests corrected so that one false alarm among them all is as rare as p says (Holm 1979).
+    """P-values of several tests, corrected so that p bounds the chance of any false alarm among them (Holm 1979).
 
     Parameters
     ----------
@@ -285,10 +285,10 @@ def paired_changes(values: pd.DataFrame, baseline: Callable[[Any], Any]) -> pd.D
     Parameters
     ----------
     values : DataFrame
-        A row for each unit of chance (context, text), a column for each way. Of a pair of columns the rows that both
-        have are compared; means are over the rows that all have.
+        A row for each unit of chance (context, text), a column for each method. Two columns are compared on the rows
+        that both have; means are over the rows that all have.
     baseline : function of a column's name
-        Which column it is compared with; one that is compared with itself has no change.
+        Which column it is compared with; a column compared with itself has no change.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What `find_scaling` gives back: a scaling, what it is worth on contexts that nothing has seen, and how to keep it."""
+"""What `find_scaling` returns: a scaling, its gain and cost on contexts that nothing has seen, and ways to keep it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ _REPEATS = ("near repeats", "trigrams seen before")
 
 @dataclass(frozen=True)
 class Judged:
-    """Outcomes of the test, always for no scaling and for the one found.
+    """Outcomes of the test, for no scaling and for the one found.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Found:
-    """A scaling and what it is worth.
+    """A scaling, with what it gains and costs.
 
     Attributes
     ----------
@@ -112,12 +112,12 @@ class Found:
         return dict(rows.to_dict("records")[0])  # type: ignore[arg-type]
 
     def plot(self, others: Mapping[str, Outcomes] | None = None) -> Figure:
-        """Accuracy by depth without and with the scaling, and its numbers.
+        """Accuracy by depth with no scaling and with the one found, and the numbers of the latter.
 
         Parameters
         ----------
         others : mapping of name to Outcomes, optional
-            Of one other scaling each on the test contexts (`judged.tasks[0]`), for further lines.
+            Outcomes of other scalings on the test contexts (`judged.tasks[0]`), each drawn as a further line.
         """
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), width_ratios=(1.2, 1))
         suite, (before, after) = self.judged.tasks[0], (found[0] for found in self.judged.outcomes)
@@ -167,7 +167,7 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
         labels.append((float(parts[-1].mean()), f"{name}, {100 * mean:.0f} %", colour))
     height = -1.0
     for y, text, colour in sorted(labels):
-        height = max(y, height + 0.09)  # labels of lines that end together stand above each other
+        height = max(y, height + 0.09)  # labels of lines that end together are stacked
         ax.annotate(
             text, (at[-1], height), (8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False
         )

@@ -1,6 +1,6 @@
-"""What a scaled model writes when nobody asks it anything: text that goes on from plain openings, and how it repeats.
+"""What a scaled model writes when it is not asked a question: how it continues plain openings, and how it repeats.
 
-Perplexity doesn't see everything: gains that keep it can still make greedy text loop (CHOICES.md).
+Perplexity doesn't show everything: gains that keep perplexity can still make greedy text loop (CHOICES.md).
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ OPENINGS = (
     "The main difference between a frog and a toad is",
     "She opened the letter slowly and read the first line:",
 )
-_NEAR = 3  # tokens before: a token that stands among them is a near repeat
+_NEAR = 3  # preceding tokens: a token that is among them is a near repeat
 
 
 def continue_freely(
     lm: LM, scaling: Scaling, *, n_tokens: int = 64, n_samples: int = 1, seed: int = 0, ledger: Ledger | None = None
 ) -> NDArray[np.int64]:
-    """Tokens that a model puts after each opening: greedily, then `n_samples` times drawn from its distribution.
+    """Tokens that a model writes after each opening: greedily, then `n_samples` times drawn from its distribution.
 
-    Decoding is by our own settings, whatever the model's generation config says: no penalty, no top-k or top-p, and no
-    end-of-text token, so that all continuations are of the same length.
+    Decoding uses our own settings, whatever the model's generation config says: no penalty, no top-k or top-p, and no
+    end-of-text token, so that all continuations have the same length.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def continue_freely(
 
 
 def keys(seed: int = 0, n_samples: int = 1) -> list[str]:
-    """What continuations are filed under in a ledger, openings in turn."""
+    """The keys of continuations in a ledger, in the order of the openings."""
     return [f"continued {seed} {number} {opening}" for opening in OPENINGS for number in range(1 + n_samples)]
 
 
@@ -71,10 +71,10 @@ def distinct_trigrams(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 class _Drawn(LogitsProcessor):
-    """Greedy decoding draws from the distribution where Gumbel noise is added to the logits: all rows go in one batch.
+    """Greedy decoding with Gumbel noise on the logits draws from the distribution, so all rows go in one batch.
 
-    Of the rows of each opening the first is left as it is. Each sample has a generator of its own, so that it doesn't
-    depend on how many there are.
+    The first row of each opening gets no noise. Each sample has its own generator, so that it doesn't depend on how
+    many samples there are.
     """
 
     def __init__(self, n_samples: int, seed: int) -> None:

@@ -37,28 +37,28 @@ from lrs_utils.tasks import Suite, continuations, from_jsonl, long_texts
 
 Task = Callable[..., Suite] | Suite | str | Path
 
-AUTO = "head_gains"  # they gain most so far, and fold into every tested family (CHOICES.md)
-_SCHEME = "ntk"  # of factors: under "pi" near tokens move too, and gains are small (data/results/test.csv)
-_RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # of layers; numbers of heads move at 0.05
+AUTO = "head_gains"  # these gain most so far, and fold into every tested family (CHOICES.md)
+_SCHEME = "ntk"  # for factors: under "pi" near tokens move too, and gains are small (data/results/test.csv)
+_RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # for layers; the numbers of heads use 0.05
 _STRETCH = {"words": 200, "judged": 150}  # of a text, about 270 tokens
 _SEEDS = {"search": 1000, "validation": 5000, "test": 10_000}
 _STOPS = 2  # stopping points that validation chooses from
 _DOSES = np.arange(1, 11) / 10
-_LOOPS = 0.02  # repeats may rise by so much, or by more within chance over openings (CHOICES.md)
-_NOTES = "find_scaling"  # stands for a scaling where the ledger keeps notes: a plan, the seconds of the first run
-_GRADIENT = 2.5  # tokens scored in the time of a gradient of one, on two cores
+_LOOPS = 0.02  # repeats may rise by this much, or by more if within chance over openings (CHOICES.md)
+_NOTES = "find_scaling"  # stands in for a scaling where the ledger keeps notes: a plan, the seconds of the first run
+_GRADIENT = 2.5  # tokens scored in the time that the gradient of one takes, on two cores
 _LEAST = {"steps": 8, "validation": 4, "test": 8}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How much of everything a search takes."""
+    """How many contexts, stretches and steps a search takes."""
 
     steps: int
     search: int  # contexts, as below
     validation: int
     test: int
-    stretches: int  # of each text, in validation and test alike
+    stretches: int  # of each text, the same in validation and test
 
 
 @dataclass(frozen=True)
@@ -105,27 +105,27 @@ def find_scaling(
     minutes : float, optional
         Time limit. The time is estimated from one context; steps and contexts are reduced to fit.
     texts : mapping of name to text, optional
-        Plain texts that the model should go on reading as well as before; of each a third is searched on, a third
-        chosen on, a third tested on. By default a book, a play, and facts on countries, fetched once.
+        Plain texts that the model should still read as well as before; a third of each is used for search, a third for
+        choice, a third for the test. By default a book, a play, and facts on countries, fetched once.
     steps, rate : int, float
-        Of the gradient search, `GradientSearch`; the rate by default fits the space.
+        Of the gradient search, `GradientSearch`; the default rate depends on the space.
     text_weight : float
-        Weight of the text's nll in the objective; each task's nll, divided by its value without scaling, has weight 1.
+        Weight of the text's nll in the objective; each task's nll, divided by its value with no scaling, has weight 1.
     questions : int
-        Most questions of one context in a step of the search.
+        Largest number of questions of one context in a step of the search.
     contexts : (search, validation, test)
         Number of contexts per task for each part.
     stretches : int
         Pieces of each text, for validation and for the test.
     seed : int
-        Of contexts, pieces of text, their order in the search, and what is drawn in free text.
+        Seed of contexts, pieces of text, their order in the search, and the draws of free text.
     ledger : Ledger, optional
-        By default one in the cache folder.
+        By default the one in the cache folder.
 
     Returns
     -------
     Found
-        Where nothing helps, its scaling is no scaling, and it says so.
+        If nothing helps, its scaling is no scaling, and its text says so.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def find_scaling(
     if minutes is not None:
         plan = _fitted(lm, parts, plan, questions, minutes, speed, ledger)
         parts = _divided(given, texts, plan, seed)
-    # of a file there may be fewer contexts than asked for
+    # a file may hold fewer contexts than asked for
     plan = replace(plan, **{part: max(len(suite.probes) for suite in data.tasks) for part, data in parts.items()})
     work = _work(lm, parts, plan, questions)
     print(
@@ -200,18 +200,18 @@ class _Run:
 
     @property
     def evidence(self) -> tuple[list[tuple[str, str]], list[str]]:
-        """All that was measured: (fingerprint, scaling) of each candidate, and what was asked."""
+        """Everything that was measured: (fingerprint, scaling) of each candidate, and what was asked."""
         return [(self._lm.fingerprint, key) for key in sorted(self._keys)], sorted(self._questions)
 
     def noted(self, name: str, about: Mapping[str, Any], value: str) -> str:
-        """What the ledger says of this call of `find_scaling`, or `value`, which it says from now on."""
+        """The ledger's note on this call of `find_scaling`; if there is none, `value` is noted."""
         note = _note(name, [about, [suite.fingerprint for data in self._parts.values() for suite in data.tasks]])
         self._keys.add(_NOTES)
         self._questions.add(note)
         return self._ledger.record_texts(self._lm.fingerprint, _NOTES, 0, [note], [value])[0]
 
     def measure_unscaled(self) -> None:
-        """What the model makes of the validation contexts as it is."""
+        """Outcomes of the validation contexts with no scaling."""
         self._base = self._scored("validation", self._unscaled)
         self._base_text = self._text_nll("validation", self._unscaled)
         self._base_free = self._free(self._unscaled)
@@ -236,12 +236,12 @@ class _Run:
         return stops[:0:-1]
 
     def choose(self, stops: Sequence[Scaling]) -> tuple[Scaling, pd.DataFrame]:
-        """Of each stopping point the largest dose within all limits; of those the one that gains most."""
+        """The largest dose within all limits at each stopping point; of those the one that gains most."""
         self._choices: list[dict[str, Any]] = []
         best: Scaling = self._unscaled
         most, at = 0.0, -1
         for number, stop in enumerate(stops):
-            low, high = 0, len(_DOSES)  # doses below `low` keep to the limit for text, from `high` on they don't
+            low, high = 0, len(_DOSES)  # doses below `low` keep to the limit for text; doses from `high` on don't
             while low < high:
                 middle = (low + high + 1) // 2
                 if self._keeps_text(stop.at_dose(_DOSES[middle - 1])):
@@ -305,7 +305,7 @@ class _Run:
 
     def _keeps_text(self, scaling: Scaling) -> bool:
         """Whether the rise of perplexity, its standard error added, is within the limit. Half of the stretches are
-        enough where the rise is two standard errors off."""
+        enough if the rise is two standard errors away from it."""
         n = len(self._base_text)
         rise, error = self._text_rise(scaling, n // 2 if n >= 8 else n)
         if abs(rise - self._limit) <= 2 * error:
@@ -313,7 +313,7 @@ class _Run:
         return rise + error <= self._limit
 
     def _text_rise(self, scaling: Scaling, n: int | None = None) -> tuple[float, float]:
-        """By what share perplexity rises on the first n stretches for validation, and the standard error of that."""
+        """By what share perplexity rises on the first n validation stretches, and its standard error."""
         change = self._text_nll("validation", scaling, n) - self._base_text[:n]
         return math.expm1(change.mean()), float(change.std(ddof=1) / len(change) ** 0.5)
 
@@ -326,7 +326,7 @@ class _Run:
 
 
 def _fell(change: NDArray[np.float64]) -> bool:
-    """Whether contexts lost, beyond their bootstrap interval (a permutation test of four can't be significant)."""
+    """Whether contexts lost beyond their bootstrap interval (a permutation test of four can't be significant)."""
     return len(change) > 1 and bool(bootstrap_mean(change).high < 0)
 
 
@@ -352,7 +352,7 @@ def _divided(given: Sequence[Task], texts: Mapping[str, str], plan: _Plan, seed:
 
 
 def _shares(suite: Suite, wanted: Sequence[int]) -> list[int]:
-    """How many contexts of a file each part gets: as wanted, or as many as there are in the same proportion."""
+    """How many contexts of a file each part gets: as many as wanted, or those there are in the same proportion."""
     there, least = len(suite.probes), _LEAST["validation"]
     if there < 3 * least:
         raise ValueError(
@@ -401,7 +401,7 @@ def _seconds_a_token(lm: LM, suite: Suite) -> float:
 
 
 def _tokens_a_context(lm: LM, suite: Suite, questions: int | None = None) -> float:
-    """Tokens that a context takes with its questions, or with so many of them; of the first few contexts."""
+    """Tokens that a context takes with its questions, or with some of them; from the first few contexts."""
     some = suite.probes[:3]
     if questions is not None:
         some = tuple(replace(probe, questions=probe.questions[:questions]) for probe in some)
@@ -410,12 +410,12 @@ def _tokens_a_context(lm: LM, suite: Suite, questions: int | None = None) -> flo
 
 
 def _work(lm: LM, parts: Mapping[str, _Data], plan: _Plan, questions: int) -> list[int]:
-    """Tokens to be read: in the search, validation, the test; a gradient counts as `_GRADIENT` of them."""
+    """Tokens to read in search, validation and test; the gradient of a token counts as `_GRADIENT` of them."""
     suites = parts["test"].tasks
     contexts, text = sum(_tokens_a_context(lm, s) for s in suites), _tokens_a_context(lm, parts["test"].text)
     step = sum(_tokens_a_context(lm, s, questions) for s in suites) + text
     stretches = len(parts["test"].text.probes)
-    texts_judged = 1 + 0.7 * _STOPS * math.ceil(math.log2(len(_DOSES)))  # half of the stretches often do
+    texts_judged = 1 + 0.7 * _STOPS * math.ceil(math.log2(len(_DOSES)))  # half of the stretches are often enough
     return [
         round(_GRADIENT * plan.steps * step),
         round((1 + _STOPS) * plan.validation * contexts + texts_judged * stretches * text),
@@ -426,7 +426,7 @@ def _work(lm: LM, parts: Mapping[str, _Data], plan: _Plan, questions: int) -> li
 def _fitted(
     lm: LM, parts: Mapping[str, _Data], plan: _Plan, questions: int, minutes: float, speed: float, ledger: Ledger
 ) -> _Plan:
-    """The plan, cut to some minutes at `speed` seconds a token; a resumed run keeps the plan that it began with."""
+    """The plan, cut to `minutes` at `speed` seconds a token; a resumed run keeps the plan that it began with."""
     tokens = 60 * minutes / speed
     note = _note("plan", [minutes, plan.__dict__, questions, [s.fingerprint for d in parts.values() for s in d.tasks]])
     kept = ledger.find_texts(lm.fingerprint, _NOTES, 0)

@@ -12,14 +12,14 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
 
 
 def cache_folder() -> Path:
-    """Where fetched and derived files live, outside git: $LRS_CACHE, else ~/.cache/lrs_utils."""
+    """The folder of fetched and derived files, outside git: $LRS_CACHE, else ~/.cache/lrs_utils."""
     folder = Path(os.environ.get("LRS_CACHE") or Path.home() / ".cache" / "lrs_utils").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def write_whole(path: str | Path, content: str | bytes | memoryview) -> None:
-    """Write a file, its folder made; killed at any moment it leaves the old file or the new one."""
+    """Write a file and make its folder; if killed at any moment, the old file or the new one is there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".part", delete=False) as part:

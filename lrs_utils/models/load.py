@@ -44,7 +44,7 @@ class LM:
 
     @property
     def fingerprint(self) -> str:
-        """What tells models apart: `fingerprint` of the model as it is now. Measured outcomes are filed under it."""
+        """Identifies the model: `fingerprint` of its current state. Measured outcomes are stored under it."""
         return fingerprint(self.model, self.tokenizer)
 
     @property
@@ -147,7 +147,7 @@ def _gguf_of(name: str) -> Path | None:
 
 @contextmanager
 def _damage_named(source: str | Path) -> Iterator[None]:
-    """Say of a file that can't be read which folder it is in."""
+    """Name the folder of a file that can't be read."""
     try:
         yield
     except SafetensorError as error:
@@ -261,7 +261,7 @@ _SETTINGS_THAT_DO_NOT_COUNT = {
     "pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict",
     "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-# Under what the outcomes that ship are filed: fingerprints of before they held every setting.
+# Names under which shipped outcomes are stored: fingerprints from before they held every setting.
 _FILED_AS = {
     "38ff529595b0557f": "7c29c56dbf0cac4e",  # smollm2-135m in float32
     "3e9a62e15f51aaaa": "8fdb7e348d6e86d3",  # in bfloat16

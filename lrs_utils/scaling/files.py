@@ -15,7 +15,7 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import COMBINATIONS
 
-_FORMAT, _VERSIONS = "lrs-factors", (1, 2)  # 2: numbers of heads, which a reader of 1 would leave out without a word
+_FORMAT, _VERSIONS = "lrs-factors", (1, 2)  # 2: numbers of heads, which a reader of version 1 would leave out silently
 _SHIPPED = files("lrs_utils") / "data" / "factors"
 _LAYER_KEYS = {"scheme", "factors", "temperatures", "extension", "combine"}
 _HEAD_KEYS = {"head_temperatures", "head_gains", "mlp_gains"}

@@ -33,10 +33,10 @@ class HeadScaling(Scaling):
         t > 0: the attention logits of a head are multiplied by t. All equal within a layer, they are that layer's
         temperature of a `LayerScaling`.
     gains : array of float, shape (layers, heads), optional
-        g > 0: what a head puts out is multiplied by g before the output projection.
+        g > 0: the output of a head is multiplied by g before the output projection.
     mlp_gains : sequence of float, shape (layers,), optional
         The output of a layer's MLP is multiplied by it. Not a per-head number: with gains that are equal within a layer
-        it makes two numbers per layer that have nothing to do with positions, a control.
+        it makes two numbers per layer that have nothing to do with positions: a control.
     layers : LayerScaling, optional
         Factors and temperatures of layers, at the same time.
 
@@ -115,7 +115,7 @@ class HeadScaling(Scaling):
     def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
         """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
 
-        Hooks multiply what passes between modules; no weight changes, and they are taken off again on exit, also after
+        Hooks multiply what passes between modules; no weight changes, and they are removed again on exit, even after
         an error. A `LayerScaling` may be applied around it or given as `layers`.
 
         Raises
@@ -152,7 +152,7 @@ class HeadScaling(Scaling):
         """A copy of a model whose own weights hold the numbers: a plain model that computes the same, at no cost.
 
         Gains multiply columns of `o_proj`, temperatures rows of `q_proj` (or the weight of a query norm after it),
-        gains of the MLP rows of `down_proj`. `model` stays as it is.
+        gains of the MLP rows of `down_proj`. `model` is not changed.
 
         Raises
         ------

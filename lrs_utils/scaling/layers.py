@@ -33,7 +33,7 @@ _scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by 
 class LayerScaling(Scaling):
     """One factor (and optionally one temperature) for each decoder layer.
 
-    Layer l reads position m as m / s_l, for queries and keys alike, so relative distances shrink by s_l.
+    Layer l reads position m as m / s_l, for both queries and keys, so relative distances shrink by s_l.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class LayerScaling(Scaling):
 
     @classmethod
     def one_layer(cls, layer: int, factor: float, num_layers: int, scheme: str = "pi") -> "LayerScaling":
-        """One layer alone scaled (0-based), all others left as they are."""
+        """Only one layer scaled (0-based), all others left unchanged."""
         if not 0 <= layer < num_layers:
             raise ValueError(f"layer {layer} is outside the {num_layers} layers (0 to {num_layers - 1})")
         return cls([factor if at == layer else 1.0 for at in range(num_layers)], scheme)
@@ -167,7 +167,7 @@ class LayerScaling(Scaling):
         """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
 
         Hooks replace the `position_embeddings` that each decoder layer receives; no weight or buffer changes,
-        and everything is taken off again on exit, also after an error. Another thread that calls the model meanwhile
+        and everything is removed again on exit, even after an error. Another thread that calls the model meanwhile
         waits.
 
         Parameters

@@ -39,7 +39,7 @@ def tried(model: PreTrainedModel, name: str, trial: Callable[[], _Result], meanw
                     raise ValueError("its weights are on the meta device, so there are none; load it on a CPU or GPU")
                 with _undisturbed(model):
                     results[name] = trial()
-            except BaseException as error:  # also Ctrl-C: nothing was found out
+            except BaseException as error:  # even Ctrl-C: nothing was found out
                 del results[name]
                 if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                     raise
@@ -60,7 +60,7 @@ def layers_with_temperatures(
     model: PreTrainedModel, layers: nn.ModuleList, hot: Callable[[nn.Module, Any, dict[str, Any]], Any]
 ) -> tuple[bool, ...]:
     """For which layers `hot(layer, args, kwargs)`, the layer at temperature 4, is what attention's own scale times 4
-    makes of it. A power of two, so that both are rounded alike."""
+    makes of it. A power of two, so that both are rounded the same way."""
     calls: dict[nn.Module, Any] = {}
 
     def note(layer: nn.Module, args: Any, given: dict[str, Any]) -> None:

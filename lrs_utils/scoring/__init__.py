@@ -1,1 +1,1 @@
-"""What a model makes of a suite under scalings: packing, one forward pass, the ledger, free answers, perplexity."""
+"""Score a model on a suite under scalings: packing, one forward pass, the ledger, free answers, perplexity."""

@@ -1,8 +1,8 @@
-"""Every outcome ever measured, on disk: what makes a crash boring.
+"""Every outcome ever measured, on disk, so that a crash loses nothing.
 
-An outcome, a free answer's text or a gradient is filed under its content (model fingerprint, scaling, question with
-its context), so whoever needs it finds it: the same run after `kill -9`, another search, another notebook. One SQLite
-file, written by any number of processes. Each row has a checksum, so a damaged number is an error and never a result.
+An outcome, a free answer's text or a gradient is stored under its content (model fingerprint, scaling, question with
+its context), so any later run finds it: the same run after `kill -9`, another search, another notebook. It is one
+SQLite file, written by any number of processes. Each row has a checksum, so a damaged number raises an error.
 """
 
 import csv
@@ -35,7 +35,7 @@ CREATE TABLE outcomes (
     PRIMARY KEY (candidate, question)
 ) WITHOUT ROWID;
 """
-# what came later: ledgers of before are brought up to date where they are opened
+# added later: older ledgers are brought up to date when they are opened
 _LATER = """
 CREATE TABLE IF NOT EXISTS texts (
     candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, max_new_tokens INTEGER NOT NULL,
@@ -52,7 +52,7 @@ _COLUMNS = ["model", "scaling", "question", "exact", "nll", "max_new_tokens", "t
 
 
 class LedgerError(OSError):
-    """The ledger file can't be read or written; nothing recorded before is lost and the file is left as it is."""
+    """The ledger file can't be read or written; nothing recorded before is lost and the file is left unchanged."""
 
 
 class Ledger:
@@ -61,8 +61,8 @@ class Ledger:
     Raises
     ------
     LedgerError
-        The file is no SQLite database, another program's, or damaged (it is never overwritten); the disk is full or
-        the file can't be written.
+        The file is not an SQLite database, belongs to another program, or is damaged (it is never overwritten); or the
+        disk is full or the file can't be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,9 +80,9 @@ class Ledger:
             self._file = _identity(self.path)
 
     def _refuse_strangers(self) -> None:
-        """Raise for a file that is no sound ledger, before a connection that may write is opened.
+        """Raise for a file that is not a sound ledger, before a connection that may write is opened.
 
-        Closing such a connection would move what stands in a write-ahead log into the file.
+        Closing such a connection would move the content of a write-ahead log into the file.
         """
         if not self.path.exists():
             return
@@ -143,7 +143,7 @@ class Ledger:
                 time.sleep(0.02)
 
     def _rows(self, table: str, model: str, scaling: str, where: str = "", *values: Any) -> Iterator[tuple[Any, ...]]:
-        """A candidate's rows (question and the columns of `_TABLES`), each as it was written."""
+        """A candidate's rows (question and the columns of `_TABLES`), each exactly as written."""
         rows = self._db.execute(
             f"SELECT question, {_TABLES[table]}, checksum FROM {table} JOIN candidates ON id = candidate "
             f"WHERE model = ? AND scaling = ? {where} ORDER BY question",
@@ -168,7 +168,7 @@ class Ledger:
             return {question: (bool(exact), nll) for question, exact, nll in rows}
 
     def known(self, model: str, questions: Sequence[str]) -> dict[str, dict[str, tuple[bool, float]]]:
-        """What is known of some questions under any scaling: scaling key -> question key -> (exact, nll)."""
+        """What is known about some questions under any scaling: scaling key -> question key -> (exact, nll)."""
         found: dict[str, dict[str, tuple[bool, float]]] = {}
         with self._explained():
             rows = self._db.execute(
@@ -184,9 +184,9 @@ class Ledger:
     def record(
         self, model: str, scaling: str, questions: Sequence[str], exact: NDArray[np.bool_], nll: NDArray[np.float64]
     ) -> list[tuple[bool, float]]:
-        """Write the outcomes of one context, all or none; returns what now stands there.
+        """Write the outcomes of one context, all or none; returns what is now stored.
 
-        What another process wrote first stays, so that all processes go on with the same numbers.
+        If another process wrote first, its rows stay, so that all processes continue with the same numbers.
 
         Raises
         ------
@@ -230,7 +230,7 @@ class Ledger:
     def record_gradient(
         self, model: str, scaling: str, questions: str, nll: float, gradient: NDArray[np.float64]
     ) -> tuple[float, NDArray[np.float64]]:
-        """Write a gradient; returns what now stands there, as `record` does."""
+        """Write a gradient; returns what is now stored, as `record` does."""
         with self._explained(), self._transaction():
             self._insert(model, scaling, [(questions, nll, json.dumps(gradient.tolist()))], "gradients")
             standing = self.find_gradient(model, scaling, questions)
@@ -238,7 +238,7 @@ class Ledger:
         return standing
 
     def forget(self, model: str, scaling: str, question: str) -> None:
-        """Delete what is known of a question, so that it is measured again."""
+        """Delete what is known about a question, so that it is measured again."""
         with self._explained(), self._transaction():
             for table in _TABLES:
                 self._db.execute(
@@ -264,7 +264,7 @@ class Ledger:
         ----------
         candidates : sequence of (model fingerprint, scaling key), or None for all
         questions : sequence of str, or None for all
-            Question keys; what isn't measured is left out.
+            Question keys; those not measured are left out.
         about : str
             One line: the command and the versions that made them.
 
@@ -309,7 +309,7 @@ class Ledger:
         except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error):
             before = b""
         if before.partition(b"\n")[2] != content.partition(b"\n")[2]:
-            write_whole(path, gzip.compress(content, mtime=0))  # same rows, same file, whoever found them again
+            write_whole(path, gzip.compress(content, mtime=0))  # same rows, same file, in any order
         return len(outcomes) + len(others)
 
     def load(self, path: str | Path) -> int:
@@ -409,7 +409,7 @@ def _checksum(model: str, scaling: str, *row: Any) -> int:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file a path names; None where there is none."""
+    """The identity of the file at a path; None if there is none."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -418,7 +418,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _first_page(path: Path) -> bytes:
-    """The beginning of an SQLite file's first page, of its write-ahead log if that has it (sqlite.org/fileformat)."""
+    """The beginning of an SQLite file's first page, from its write-ahead log if that has it (sqlite.org/fileformat)."""
     page, log = path.open("rb").read(512), path.with_name(f"{path.name}-wal")
     if log.exists() and len(content := log.read_bytes()) > 32:
         size, salt = int.from_bytes(content[8:12], "big"), content[16:24]

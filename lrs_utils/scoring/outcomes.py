@@ -1,4 +1,4 @@
-"""The engine: what a model makes of a suite under each of many scalings.
+"""The engine: scores a model on a suite under each of many scalings.
 
 A context is read once for all its questions (`packing`), and layers that candidates have in common are computed once
 for all of them (`trie`). Greedy exactness needs no decoding: the answer is fed to the model and the arg-max compared at
@@ -32,7 +32,7 @@ _TASK_CANDIDATES = 4  # of one batch of contexts in a task for an executor: enou
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What was measured, axes always (candidate, context, question).
+    """What was measured; axes are always (candidate, context, question).
 
     Attributes
     ----------
@@ -43,9 +43,9 @@ class Outcomes:
     depths : float array, shape (questions,), or (contexts, questions) where they differ
         As `Suite.depths`.
     recomputed : int
-        Outcomes that the model was run for; the others were found in the ledger.
+        Outcomes for which the model was run; the others were found in the ledger.
     layers_run, layers_alone : int
-        Decoder layers computed, and how many it would have been with each candidate on its own.
+        Decoder layers computed, and how many there would have been with each candidate scored on its own.
     """
 
     exact: NDArray[np.bool_]
@@ -89,8 +89,8 @@ def score(
     executor : concurrent.futures.Executor, optional
         Runs the model elsewhere, in tasks of a batch and a few candidates: processes of this machine (started by
         "spawn": torch does not survive a fork), or a cluster's (`Client.get_executor()` of Dask, the extra `cluster`).
-        Workers load the model by its name onto a device of the same kind, the first that they see, and compute; the
-        ledger is written here only.
+        Workers load the model by its name onto a device of the same kind (the first that they see) and compute; only
+        this process writes the ledger.
 
     An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever is asked
     beside it and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.

@@ -1,9 +1,9 @@
 """A context with all its questions as one row of tokens, and attention over such rows.
 
-The context comes first, then a branch for each question, nothing padded. A branch goes on where the context ends and
-sees the context and itself only, so the context is read once. Several contexts, and several copies of them for
+The context comes first, then a branch for each question, without padding. A branch goes on where the context ends and
+sees only the context and itself, so the context is read once. Several contexts, and several copies of them for
 candidates, may be laid end to end in one row: they don't see each other, and no bit of a result depends on what lies
-beside it (`rounding_alike`).
+next to it (`rounding_alike`).
 """
 
 import math
@@ -29,14 +29,14 @@ from lrs_utils.models.load import LM
 from lrs_utils.tasks import Probe
 
 # oneDNN, which does a CPU's bfloat16 products, compiles code for every shape, most of a MiB each, and keeps
-# 1,024 of them by default, where every context has a length of its own. A context needs a few dozen.
+# 1,024 of them by default, while every context has a different length. A context needs a few dozen.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # Query rows (tokens x heads that share a key head) in a block of attention: on a CPU few enough that logits over some
 # thousand columns stay in the cache; anywhere no more than fit the bytes below.
 _BLOCK_ROWS = {"cpu": 768}
 _BLOCK_BYTES = 256 * 2**20
-# Tokens in a matrix product: fewer are slower, more are padding where little is asked (CHOICES.md).
+# Tokens in a matrix product: fewer are slower, more are mostly padding if little is asked (CHOICES.md).
 PRODUCT_ROWS = {"cpu": 256, "cuda": 2048}
 
 
@@ -53,17 +53,17 @@ class Packed:
 
     @property
     def longest(self) -> int:
-        """Tokens from the begin of the context to the end of the longest branch."""
+        """Tokens from the beginning of the context to the end of the longest branch."""
         return int(self.positions.max()) + 1
 
 
 def pack(lm: LM, probe: Probe, where: str) -> Packed:
-    """Tokenise every question with its context as it would be alone, and fold what they share.
+    """Tokenise every question with its context as it would be alone, and merge what they share.
 
     Raises
     ------
     ValueError
-        An answer whose tokens don't follow its prompt's; `where` says of which context.
+        An answer whose tokens don't follow its prompt's; `where` names the context.
     """
     texts = [probe.context + q.prompt + q.answer_prefix for q in probe.questions]
     texts += [text + q.answer for text, q in zip(texts, probe.questions, strict=True)]
@@ -103,7 +103,7 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
 
 
 def text_row(ids: Tensor, n_judged: int) -> Packed:
-    """A text's tokens alone, of which the last `n_judged` are to be predicted."""
+    """The tokens of a text, of which the last `n_judged` are to be predicted."""
     n = len(ids) - 1
     positions, targets = torch.arange(n), ids[-n_judged:]
     owner = np.zeros(n_judged, np.int64)
@@ -111,7 +111,7 @@ def text_row(ids: Tensor, n_judged: int) -> Packed:
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts open with, leaving each at least one of its own."""
+    """Tokens that all prompts begin with, leaving each at least one of its own."""
     same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
     return min(same, min(map(len, prompts)) - 1)
 
@@ -128,7 +128,7 @@ class _Block:
 
 
 class Layout:
-    """Packed probes laid end to end, as attention needs to know them."""
+    """Packed probes laid end to end, in the form that attention needs."""
 
     def __init__(self, packs: Sequence[Packed], device: torch.device) -> None:
         starts = [0, *accumulate(len(p.ids) for p in packs)]
@@ -150,7 +150,7 @@ class Layout:
 
     def blocks(self, group: int, heads: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
         """Blocks that cover all branches and, if asked, the contexts, for `heads` key heads at once, each with a group
-        of query heads. How a context is cut depends on its own length alone."""
+        of query heads. How a context is cut depends only on its own length."""
         key = (group, heads, context, window, like.device, like.dtype)
         if key not in self._blocks:
             self._blocks[key] = [
@@ -161,10 +161,10 @@ class Layout:
         return self._blocks[key]
 
     def scratch(self, *shape: int, like: Tensor) -> Tensor:
-        """Two tensors of this shape to write to, in memory that is used again and again: fresh pages are slow."""
+        """Two tensors of this shape to write to, in memory that is reused, since fresh pages are slow."""
         size = 2 * math.prod(shape)
         if self._scratch.numel() < size or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
-            self._scratch = torch.empty(0)  # let go of the old memory first
+            self._scratch = torch.empty(0)  # release the old memory first
             self._scratch = like.new_empty(size)
         return self._scratch[:size].view(2, *shape)
 
@@ -188,7 +188,7 @@ def _blocks_of(
 
 
 class _RoundingAlike(TorchFunctionMode):
-    """Lets every projection multiply `PRODUCT_ROWS` tokens at a time, the last ones filled up with zeros."""
+    """Makes every projection multiply `PRODUCT_ROWS` tokens at a time, the last block padded with zeros."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.linear:
@@ -210,10 +210,10 @@ class _RoundingAlike(TorchFunctionMode):
 
 
 def rounding_alike() -> TorchFunctionMode:
-    """While this is entered, a token's numbers are the same to the last bit whatever tokens lie beside it.
+    """While this is entered, a token's numbers are the same to the last bit whatever tokens lie next to it.
 
-    How a matrix product rounds a row depends on how many rows there are: kernels differ by shape. So projections are
-    given the same number of rows each time, and attention (`_attend_packed`) a context or one branch at a time.
+    How a matrix product rounds a row depends on how many rows there are, since kernels differ by shape. So projections
+    get the same number of rows each time, and attention (`_attend_packed`) gets a context or one branch at a time.
     """
     return _RoundingAlike()
 
@@ -252,12 +252,12 @@ def _attend_packed(
     out = query.new_empty(tokens, kv_heads, group, value_dim)
     q = query.view(kv_heads, group, tokens, dim)
     k, v = key[0].contiguous(), value[0].contiguous()
-    # of a context on a CPU one key head at a time: its logits stay in the cache
+    # for a context on a CPU, one key head at a time: its logits stay in the cache
     head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(0, kv_heads)]
     for start in range(0, tokens, layout.length):
         for context in layout.contexts if fused else ():
             at = slice(start + context.start, start + context.stop)
-            # keys repeated for the heads that share them: torch's fast kernels don't all take them shared
+            # keys are repeated for the heads that share them: not all of torch's fast kernels take them shared
             k_seen, v_seen = (x[:, at].repeat_interleave(group, 0)[None] for x in (k, v))
             whole = F.scaled_dot_product_attention(query[:, :, at], k_seen, v_seen, is_causal=True, scale=scale)
             out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
@@ -272,7 +272,7 @@ def _attend_packed(
                     k_seen, v_seen = (x[part, start + block.first : rows.stop] for x in (k, v))
                 # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
                 queries = q[part, :, rows].flatten(1, 2)
-                if queries.requires_grad:  # what a gradient needs can't lie in memory used again
+                if queries.requires_grad:  # what a gradient needs can't be in reused memory
                     logits, weights = torch.bmm(queries * scale, k_seen.mT), None
                 else:
                     logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)

@@ -31,7 +31,7 @@ def window_nll(
     scaling: Scaling | None = None,
     extrapolate: bool = False,
 ) -> NDArray[np.float64]:
-    """How well a model predicts stretches of a text from so many tokens before them.
+    """How well a model predicts stretches of a text from a given number of tokens before them.
 
     Every length is measured on the same stretches of `stride` tokens, each at the end of a window of that length, so
     that lengths and scalings can be compared stretch by stretch. Perplexity is `np.exp(nll.mean(axis=1))`.

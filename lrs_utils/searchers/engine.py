@@ -1,4 +1,4 @@
-"""The search: a searcher proposes scalings, the engine scores them, an objective says what they are worth.
+"""The search: a searcher proposes scalings, the engine scores them, an objective rates them.
 
 Killed at any moment, a search goes on where it was when it is run again: searchers are deterministic given their seed,
 and the ledger answers for what was measured.
@@ -36,7 +36,7 @@ class SearchResult(Generic[Candidate]):
     generation : list of int
         The `ask` that each candidate came from.
     answers : list of int
-        Answers scored up to and with each candidate, also those found in the ledger; a gradient counts as
+        Answers scored up to and with each candidate, including those found in the ledger; a gradient counts as
         `gradient.PRICE`.
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
@@ -77,7 +77,7 @@ def search(
 ) -> SearchResult[Candidate]:
     """Let a searcher spend `budget` candidates on a suite, or on several.
 
-    With a ledger a search that was killed goes on where it was: run it again with the same arguments.
+    With a ledger a killed search resumes: run it again with the same arguments.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The gradient of a context's nll with respect to numbers of layers and heads.
 
 A factor enters a model through one layer's cos and sin, a head's numbers multiply its activations, so the nll of an
-answer can be differentiated in all of them at once, for about the price of four forward passes (one to compute
+answer can be differentiated in all of them at once, for about the cost of four forward passes (one to compute
 activations again instead of keeping them). Ours; the paper (2503.04355) searches without gradients.
 """
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lrs_utils.tasks.suite import Probe, Suite
 
 _MESSAGE = "<message>"
-# Some templates tell today's date; a suite is the same tomorrow.
+# Some templates give today's date; a suite must be the same tomorrow.
 _SAME_DATE = "{%- macro strftime_now(form) -%}01 Jan 2025{%- endmacro -%}"
 
 

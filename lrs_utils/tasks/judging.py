@@ -35,7 +35,7 @@ def best_subspan_em(text: str, answers: Sequence[str]) -> bool:
 
 
 def best_subspan_em_of_first_line(text: str, answers: Sequence[str]) -> bool:
-    """`best_subspan_em` as published: what follows the first line break doesn't count, also if nothing precedes it."""
+    """`best_subspan_em` as published: what follows the first line break doesn't count, even if nothing precedes it."""
     return best_subspan_em(text.partition("\n")[0], answers)
 
 

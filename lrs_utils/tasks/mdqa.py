@@ -2,7 +2,7 @@
 
 N documents, one of which holds the answer. The authors' files of 10, 20 and 30 documents can't be fetched, so contexts
 are built: from the release's own questions with their gold passages ("oracle", NaturalQuestions), or from facts of the
-CIA World Factbook ("factbook"), which the package index holds. Distractors are the passages most alike, by BM25, to a
+CIA World Factbook ("factbook"), which the package index holds. Distractors are the passages most similar, by BM25, to a
 question together with its own passage, that hold none of its answers. They are easier than the authors' retriever's:
 such accuracies are not comparable with the paper's.
 """
@@ -37,7 +37,7 @@ def mdqa(
 ) -> Suite:
     """Generate a suite in which every document of a context answers a question of its own, so one reading serves all.
 
-    The documents are those most alike to one of them and its question; none holds an answer of another's.
+    The documents are those most similar to one of them and its question; none holds an answer of another's.
 
     Parameters
     ----------

@@ -46,7 +46,7 @@ def from_jsonl(path: str | Path) -> Suite:
     Raises
     ------
     ValueError
-        Names file, line, field and the mend: a field that is missing, empty or of another type, a position or depth
+        Names file, line, field and the fix: a field that is missing, empty or of another type, a position or depth
         that is outside, both forms in one line, a line that comes twice, a file that is empty, no JSON or not UTF-8.
     """
     path = Path(path)

@@ -1,7 +1,7 @@
 """Training a language model inside its window, whatever positions its tokens are given (CREAM, 2406.07138, Section 3).
 
-A plain loop that ends in the same place however often it was killed: step s draws its documents and positions from the
-seed and s alone, and weights, optimiser and losses are on disk every few steps.
+A plain loop that ends in the same place however often it is killed: step s draws its documents and positions from only
+the seed and s, and weights, optimiser and losses are written to disk every few steps.
 """
 
 import copy
@@ -28,12 +28,12 @@ from lrs_utils.progress import Progress
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.training.positions import Sampler
 
-# So many, drawn at random. A token i that is read but need not be predicted is given as ~i.
+# A given number, drawn at random. A token i that is read but need not be predicted is given as ~i.
 Documents = Callable[[int, np.random.Generator], Sequence[NDArray[np.int64]]]
 
 
 def tokens_on_disk(lm: LM, texts: Sequence[str], folder: str | Path) -> NDArray[np.uint32]:
-    """Texts as one row of tokens, written once and mapped into memory; between texts stands the end-of-text token."""
+    """Texts as one row of tokens, written once and mapped into memory, with the end-of-text token between texts."""
     digest = hashlib.sha256(lm.tokenizer.backend_tokenizer.to_str().encode())
     for text in texts:
         digest.update(f"{len(text)} {text}".encode())
@@ -61,14 +61,14 @@ def stretches(tokens: NDArray[np.uint32], length: int) -> Documents:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train; everything that the result depends on beside model, documents and positions.
+    """How to train: everything that the result depends on besides model, documents and positions.
 
     Parameters
     ----------
     steps, batch, accumulate : int
         Optimiser steps; examples in a forward pass, and passes in a step.
     rate : float
-        AdamW's, after `warmup` steps from 0, falling to 0 in a straight line.
+        AdamW's learning rate: it rises from 0 over `warmup` steps, then falls to 0 in a straight line.
     lora : int, optional
         Rank of LoRA's matrices on the projections of attention (peft); by default all weights are trained.
     checkpointing : bool
@@ -109,22 +109,22 @@ def train(
 ) -> tuple[LM, NDArray[np.float64]]:
     """Train a model and return it, with the loss of every step in nats a token.
 
-    Weights of a model in bfloat16 are trained in float32, or small steps would be rounded away, with products in
-    bfloat16 (`torch.autocast`); what is returned is bfloat16 again. LoRA leaves them as they are beside its own.
+    Weights of a model in bfloat16 are trained in float32, since small steps would be rounded away, with products in
+    bfloat16 (`torch.autocast`); the returned model is bfloat16 again. LoRA leaves them unchanged and trains its own.
 
     Parameters
     ----------
     lm : LM
-        Left as it is.
+        Not changed.
     documents : function (n, generator) -> token arrays
         At least as long as the sampler's window.
     sampler : Sampler
         Which tokens of a document are read, and the positions they are given (`cream`).
     folder : path
-        Holds trainings, each in a folder named after what it is: its checkpoint and the losses so far. One that was
-        killed goes on from the last checkpoint; a finished one is read.
+        Holds trainings, each in a folder named after its settings, with its checkpoint and the losses so far. A killed
+        training resumes from the last checkpoint; a finished one is read.
     about : mapping of JSON values
-        What documents and sampler are, so that trainings which differ in them are told apart.
+        Describes documents and sampler, so that trainings that differ in them are told apart.
     scaling : LayerScaling, optional
         On the model while it trains: it stretches frequencies for the target length.
     save_every : int
@@ -176,7 +176,7 @@ def train(
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """Weights in another precision. `to` would round the rotary frequencies too, which loading keeps in float32."""
+    """Convert weights to a precision. `to` would also round the rotary frequencies, which loading keeps in float32."""
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
@@ -214,9 +214,9 @@ def _step(
         given = np.array([document[t] for document, t in zip(drawn, tokens, strict=True)])
         read, judged = np.where(given < 0, ~given, given), np.where(given < 0, -100, given)
         ids, at, labels = (torch.from_numpy(x).to(model.device) for x in (read, positions, judged))
-        # with the mask, or transformers takes every gap between positions for the begin of another text
+        # with the mask, or transformers takes every gap between positions for the beginning of another text
         mask = torch.ones_like(ids)
-        # anew for every pass: while it is entered it keeps the weights as they were first cast
+        # entered again for every pass: while entered, it keeps the weights as first cast
         with torch.autocast(model.device.type, torch.bfloat16 if full else dtype, enabled=not full):
             output = model(input_ids=ids, attention_mask=mask, position_ids=at, labels=labels, use_cache=False)
         loss = output.loss / training.accumulate

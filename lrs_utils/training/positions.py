@@ -1,7 +1,7 @@
 """Position indices for fine-tuning inside the window so that a model reads far beyond it: CREAM and its rivals.
 
 A sampler gives each training example of `window` tokens positions out of a target of `window * factor`, and says which
-tokens of a longer document stand there. CREAM (2406.07138) keeps a head at the begin and a tail at the end of the
+tokens of a longer document get them. CREAM (2406.07138) keeps a head at the beginning and a tail at the end of the
 target, and puts a middle between them, near the target's middle more often than elsewhere. PoSE (2309.10400) shifts the
 second of two chunks; RandPos draws positions one by one; plain ones are those of pre-training.
 """
@@ -40,8 +40,8 @@ def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, 
     window, factor : int
         Tokens of an example; the target is window x factor positions.
     mode : str
-        "paper": the Gaussian is truncated and renormalised, the coin falls for each example. "reference": as the
-        authors' code does it: whole r from a clamped distribution function, so that both ends get what lies beyond
+        "paper": the Gaussian is truncated and renormalised, and each example has its own coin. "reference": as in the
+        authors' code: whole r from a clamped distribution function, so that both ends get what lies beyond
         them, one coin for all examples of a call, and middles that may reach into the tail's tokens.
     sigma : float
         Of the Gaussian (their ablation: 2, 2.5, 3, 3.5, 4).
@@ -112,7 +112,7 @@ def pose(window: int, factor: int) -> Sampler:
 
 
 def rand_pos(window: int, factor: int) -> Sampler:
-    """RandPos (Ruoss et al. 2023): positions drawn from the target without putting back, in order."""
+    """RandPos (Ruoss et al. 2023): positions drawn from the target without replacement, in order."""
     _check(window, factor)
 
     def sample(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
@@ -134,7 +134,7 @@ def plain(window: int, factor: int = 1) -> Sampler:
 
 
 def distances_seen(positions: NDArray[np.int64], target: int) -> NDArray[np.int64]:
-    """How many pairs of tokens stand each distance apart, over all examples, shape (target,).
+    """How many pairs of tokens are each distance apart, over all examples, shape (target,).
 
     Of one example its non-zero entries are the relative positions D_r of CREAM's Theorem B.1, which says that with the
     middle P_s to P_e there are at most max(head - 1, P_e - P_s, tail - 1) + 2 window of them.

@@ -1,8 +1,8 @@
-"""A small RoPE model made here, so that reading beyond a window and fine-tuning can be tried again in minutes.
+"""A small RoPE model made here, so that reading beyond a window and fine-tuning can be repeated in minutes.
 
 `python -m lrs_utils.training.small` makes it: a tokenizer and a Llama of a million weights, window 256, from
-Shakespeare and from the retrieval tasks in small, which it is taught (a model of this size would not read them
-otherwise), on documents that grow to the window (on long ones alone it does not learn to look up in this time). It
+Shakespeare and from small versions of the retrieval tasks, which it is taught (a model of this size would not learn
+them otherwise), on documents that grow to the window (on long ones alone it does not learn to look up in this time). It
 ships with its losses in lrs_utils/data/small-rope; `load_lm("small-rope")` reads it.
 """
 
@@ -26,13 +26,13 @@ from lrs_utils.training.finetune import Documents, Training, cast, stretches, to
 from lrs_utils.training.positions import plain
 
 WINDOW = 256
-N_TRAINING_TEXTS = 32  # of Shakespeare's; the other ten are for measuring
+N_TRAINING_TEXTS = 32  # works of Shakespeare; the other ten are for measuring
 SIZES: dict[str, Any] = {
     "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": WINDOW, "rope_theta": 10_000.0,
     "tie_word_embeddings": True, "initializer_range": 0.07,
 }  # fmt: skip
-STAGES = {  # tokens of a document: how it is trained on such
+STAGES = {  # tokens of a document: how it is trained on such documents
     64: Training(steps=2000, batch=48, rate=3e-3, warmup=50, weight_decay=0.1),
     128: Training(steps=2000, batch=24, rate=2e-3, warmup=50, weight_decay=0.1),
     WINDOW: Training(steps=12_000, batch=16, rate=2e-3, warmup=50, weight_decay=0.1),
@@ -93,7 +93,7 @@ def retrieval(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
 def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
     """Documents of `length` tokens: pairs of keys and values, then keys again and again, whose values are predicted.
 
-    Far more answers than `retrieval` has: they teach to look up.
+    These have far more answers than `retrieval` has, and teach the model to look up.
     """
 
     def one(rng: np.random.Generator) -> NDArray[np.int64]:
@@ -112,9 +112,9 @@ def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
 
 
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
-    """Documents of `length` tokens: one in eight prose, of the others half what teaches to look up, half retrieval.
+    """Documents of `length` tokens: one in eight is prose; half of the others teach to look up, half are retrieval.
 
-    Those too short for the tasks' instructions have no retrieval.
+    If they are too short for the tasks' instructions, there is no retrieval.
     """
     kinds = (stretches(prose, length), retrieval(tokenizer, length), recalled(tokenizer, length))
 
@@ -133,9 +133,9 @@ def suites(task: str, length: int, n_contexts: int, seed: int, n_asked: int | No
     Parameters
     ----------
     task : "pairs", "lines" or "pass key"
-        The last at five depths, a suite each.
+        "pass key" at five depths, one suite for each.
     n_asked : int, optional
-        Of a context's pairs or lines so many are asked for, evenly spread; by default all.
+        How many of a context's pairs or lines are asked for, evenly spread; by default all.
     """
     if task == "pass key":
         return tasks.passkey(max(1, (length - 80) // 25), n_contexts, seed)
@@ -149,7 +149,7 @@ def suites(task: str, length: int, n_contexts: int, seed: int, n_asked: int | No
 
 
 def make(folder: Path = SMALL_FOLDER) -> LM:
-    """Make tokenizer and model and write them with their losses; a killed run goes on where it was."""
+    """Make tokenizer and model and write them with their losses; a killed run resumes."""
     work = cache_folder() / "small-rope"
     texts = training_texts()
     tokenizer = _tokenizer(texts)
