@@ -102,7 +102,7 @@ class Found:
         text, minutes = self.row("text", "perplexity, not seen"), self.row("search", "seconds")["found"] / 60
         return (
             f"{self.lm.name} gets {' and '.join(gains)}, and the perplexity of text it never saw changes by "
-            f"{100 * (text['found'] / text['no scaling'] - 1):+.1f} %: {_what(self.scaling)}, found in "
+            f"{100 * (text['found'] / text['no scaling'] - 1):+.1f} %: {_describe_numbers(self.scaling)}, found in "
             f"{minutes:.1f} minutes."
         )
 
@@ -197,68 +197,68 @@ def draw_numbers(scaling: Scaling, ax: Axes) -> None:
     ax.set(xlabel="layer", ylabel="number")
 
 
-def measures(judged: Judged, *, seconds: float, answers: int) -> pd.DataFrame:
+def tabulate(judged: Judged, *, seconds: float, answers: int) -> pd.DataFrame:
     """The table of `Found`."""
     rows: list[dict[str, Any]] = []
     for number, suite in enumerate(judged.tasks):
         before, after = (found[number] for found in judged.outcomes)
-        rows += [{"task": suite.name} | row for row in _of_task(before, after)]
+        rows += [{"task": suite.name} | row for row in _compare_task(before, after)]
     for part, seen in (("search", "seen"), ("test", "not seen")):
         text = judged.text[part]
-        rows.append({"task": "text"} | _perplexity(f"perplexity, {seen}", *text))
+        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}", *text))
         if part == "test":
             for kind in dict.fromkeys(judged.kinds.tolist()):
                 of_kind = [nll[judged.kinds == kind] for nll in text]
-                rows.append({"task": "text"} | _perplexity(f"perplexity, {seen}: {kind}", *of_kind))
+                rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}: {kind}", *of_kind))
     for measure, name in enumerate(_REPEATS):
         for way, kind in enumerate(("greedy", "drawn")):
             repeats = [float(free[measure, way]) for free in judged.free]
-            rows.append({"task": "free text"} | _row(f"{name}, {kind}", *repeats))
-    rows.append({"task": "search"} | _row("seconds", 0.0, seconds))
-    rows.append({"task": "search"} | _row("answers", 0.0, float(answers)))
+            rows.append({"task": "free text"} | _make_row(f"{name}, {kind}", *repeats))
+    rows.append({"task": "search"} | _make_row("seconds", 0.0, seconds))
+    rows.append({"task": "search"} | _make_row("answers", 0.0, float(answers)))
     return pd.DataFrame(rows)
 
 
-def _of_task(before: Outcomes, after: Outcomes) -> list[dict[str, Any]]:
+def _compare_task(before: Outcomes, after: Outcomes) -> list[dict[str, Any]]:
     accuracy = [mean_over_questions(o.exact[0], o.depths) for o in (before, after)]
-    rows = [_compared("accuracy", *accuracy)]
+    rows = [_compare("accuracy", *accuracy)]
     fifths = [by_fifth(o.exact[0], o.depths) for o in (before, after)]
     for name, *parts in zip(FIFTHS, fifths[0].T, fifths[1].T, strict=True):
         there = ~np.isnan(parts[0])
         if there.any():
-            rows.append(_compared(name, parts[0][there], parts[1][there]))
+            rows.append(_compare(name, parts[0][there], parts[1][there]))
     if before.depths.ndim == 1 and {0.0, 1.0} <= {*before.depths.tolist()} and len(before.depths) > 2:
-        rows.append(_row("U", *(float(utilisation(o.exact[0], o.depths)) for o in (before, after))))
+        rows.append(_make_row("U", *(float(utilisation(o.exact[0], o.depths)) for o in (before, after))))
     nll = [mean_over_questions(o.nll[0], o.depths) for o in (before, after)]
-    rows.append(_compared("nll", *nll))
+    rows.append(_compare("nll", *nll))
     return rows
 
 
-def _compared(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
-    row = _row(name, float(before.mean()), float(after.mean()))
+def _compare(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
+    row = _make_row(name, float(before.mean()), float(after.mean()))
     if len(before) > 1:
         interval = bootstrap_mean(after - before)
         row |= {"low": float(interval.low), "high": float(interval.high), "p": paired_test(after, before)}
     return row
 
 
-def _perplexity(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
-    row = _row(name, float(np.exp(before.mean())), float(np.exp(after.mean())))
+def _compare_perplexity(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
+    row = _make_row(name, float(np.exp(before.mean())), float(np.exp(after.mean())))
     change, mean = bootstrap_mean(after - before), float(np.exp(before.mean()))
     low, high = (float(mean * np.expm1(end)) for end in (change.low, change.high))
     return row | {"low": low, "high": high, "p": paired_test(after, before)}
 
 
-def _row(measure: str, before: float, after: float) -> dict[str, Any]:
+def _make_row(measure: str, before: float, after: float) -> dict[str, Any]:
     empty = {"low": np.nan, "high": np.nan, "p": np.nan}
     return {"measure": measure, "no scaling": before, "found": after, "change": after - before, **empty}
 
 
-def _what(scaling: Scaling) -> str:
+def _describe_numbers(scaling: Scaling) -> str:
     if isinstance(scaling, HeadScaling):
         names: Sequence[tuple[str, Any]] = (("gains", scaling.gains), ("temperatures", scaling.temperatures))
         parts = [f"{np.size(values)} head {name}" for name, values in names if values is not None]
         parts += [f"{len(scaling.mlp_gains)} gains of MLPs"] if scaling.mlp_gains else []
-        return " and ".join(parts + ([_what(scaling.layers)] if scaling.layers else []))
+        return " and ".join(parts + ([_describe_numbers(scaling.layers)] if scaling.layers else []))
     assert isinstance(scaling, LayerScaling)
     return f"{len(scaling.factors)} factors" + (" and temperatures" if scaling.temperatures else "") + " of layers"
