@@ -115,8 +115,8 @@ def test_the_ledger_answers_the_second_time(tiny, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     first = continue_freely(tiny, SCALING, n_tokens=16, ledger=ledger)
     np.testing.assert_array_equal(first, continue_freely(tiny, SCALING, n_tokens=16))
-    computed, calls = free_text._continued, []
-    monkeypatch.setattr(free_text, "_continued", lambda *args: calls.append(args) or computed(*args))
+    computed, calls = free_text._generate, []
+    monkeypatch.setattr(free_text, "_generate", lambda *args: calls.append(args) or computed(*args))
     np.testing.assert_array_equal(continue_freely(tiny, SCALING, n_tokens=16, ledger=ledger), first)
     np.testing.assert_array_equal(continue_freely(tiny, SCALING, n_tokens=16, n_samples=0, ledger=ledger), first[:, :1])
     assert calls == []

@@ -43,7 +43,7 @@ def continue_freely(
     asked = keys(seed, n_samples)
     found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, n_tokens)
     if not all(key in found for key in asked):
-        tokens = _continued(lm, scaling, n_tokens, n_samples, seed).reshape(len(asked), n_tokens)
+        tokens = _generate(lm, scaling, n_tokens, n_samples, seed).reshape(len(asked), n_tokens)
         texts = [" ".join(map(str, row)) for row in tokens.tolist()]
         if ledger is not None:
             texts = ledger.record_texts(lm.fingerprint, scaling.key, n_tokens, asked, texts)
@@ -90,7 +90,7 @@ class _Drawn(LogitsProcessor):
 
 
 @torch.inference_mode()
-def _continued(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: int) -> NDArray[np.int64]:
+def _generate(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: int) -> NDArray[np.int64]:
     prompts: Sequence[list[int]] = [lm.tokenizer(opening)["input_ids"] for opening in OPENINGS]
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     longest = max(map(len, prompts))
