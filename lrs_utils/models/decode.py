@@ -22,8 +22,8 @@ def refuse_training(lm: LM) -> None:
 def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
     """Greedy continuations by the model's `generate`, with settings of our own.
 
-    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Of that
-    config only the tokens that end a text are kept.
+    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Only
+    that config's end-of-text tokens are kept.
 
     Parameters
     ----------

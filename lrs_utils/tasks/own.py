@@ -1,4 +1,4 @@
-"""Your own contexts, questions and answers, from a JSON-lines file (`data/README.md` has the format field by field)."""
+"""Your own contexts, questions and answers, from a JSON-lines file (format: lrs_utils/tasks/data/README.md)."""
 
 import re
 from collections.abc import Mapping
