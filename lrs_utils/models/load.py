@@ -243,7 +243,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """A number that changes if a weight does: the sum of its bytes in groups of eight, a few of them weighted by place."""
+    """A number that changes if a weight does: the sum of its bytes in eights, and of a few weighted by place."""
     values = _bytes(tensor)
     whole = values[: len(values) // 8 * 8].view(torch.int64)
     some = whole[:: max(1, len(whole) // 64)]
