@@ -252,7 +252,7 @@ def _executed(
 
 
 def _executed_cells(path: Path) -> list[Any]:
-    """Of an executed notebook; none where it isn't whole: papermill writes after every cell and may be killed at it."""
+    """An executed notebook's cells; none if the file isn't whole: papermill may be killed while it writes."""
     try:
         return list(nbformat.read(path, as_version=4).cells)  # type: ignore[no-untyped-call]
     except (OSError, ValueError):

@@ -29,7 +29,7 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
     ----------
     ids, mask : int tensors, shape (rows, tokens)
     to_the_end : bool
-        Of exactly `n_tokens`: the end of a text is never chosen.
+        Always `n_tokens` of them: the end of a text is never chosen.
     given
         Further arguments of `generate`.
 
@@ -72,7 +72,7 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
     Raises
     ------
     ValueError
-        The layer does something else with its logits that causal attention wouldn't.
+        The layer does something with its logits that causal attention wouldn't.
     """
     family = type(module).__name__
     for unknown in ("softcap", "s_aux"):

@@ -119,7 +119,7 @@ def load_lm(
 def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # of many kinds, by what is missing
+    except Exception as error:  # of many kinds, depending on what is missing
         if not Path(source).is_dir():
             raise
         raise ValueError(
@@ -157,12 +157,12 @@ def _damage_named(source: str | Path) -> Iterator[None]:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that `load_lm` takes: by itself the first CUDA GPU, else the CPU."""
+    """The device that `load_lm` uses: by default the first CUDA GPU, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision that `load_lm` takes on a device."""
+    """The precision that `load_lm` uses on a device."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -261,7 +261,7 @@ _SETTINGS_THAT_DO_NOT_COUNT = {
     "pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict",
     "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-# Names under which shipped outcomes are stored: fingerprints from before they held every setting.
+# Names under which shipped outcomes are stored: fingerprints from before they covered every setting.
 _FILED_AS = {
     "38ff529595b0557f": "7c29c56dbf0cac4e",  # smollm2-135m in float32
     "3e9a62e15f51aaaa": "8fdb7e348d6e86d3",  # in bfloat16

@@ -92,8 +92,8 @@ def score(
         Workers load the model by its name onto a device of the same kind (the first that they see) and compute; only
         this process writes the ledger.
 
-    An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever is asked
-    beside it and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
+    An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever else is
+    asked and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
 
     Raises
     ------

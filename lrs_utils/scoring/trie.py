@@ -24,7 +24,7 @@ _LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: wh
 class Shared:
     """What calls of `score` on one model may share, in memory: tokens, and outputs of first layers left unscaled.
 
-    For whoever scores the same contexts again and again, as `search` does.
+    For callers that score the same contexts again and again, as `search` does.
 
     Parameters
     ----------

@@ -41,7 +41,7 @@ class SearchResult(Generic[Candidate]):
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
     layers_run, layers_alone : int
-        Decoder layers computed, and how many it would have been with each candidate on its own (see `score`).
+        Decoder layers computed, and how many there would have been with each candidate on its own (see `score`).
     """
 
     candidates: list[Candidate] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Facts of the CIA World Factbook, out of a package: questions with a passage each, plain prose, and capitals to tell.
 
 256 JSON files, the CIA's text, public domain. Chosen because its facts are fields, so that questions and answers can be
-written without a reader, and unlike Wikipedia's text it needs no attribution (data/README.md).
+written by a program, and unlike Wikipedia's text it needs no attribution (data/README.md).
 """
 
 import html
