@@ -100,7 +100,7 @@ class Run:
         """Outcomes measured on this machine and those that ship with the repository.
 
         With `fresh`, a new, empty file instead, so that everything is measured. To verify shipped outcomes
-        (`verify`), only the shipped ones, without a sample of them.
+        (`tools/verify.py`), only the shipped ones, without a sample of them.
         """
         if self.fresh:
             return Ledger(cache_folder() / f"ledger-{_now()}.sqlite")

@@ -25,6 +25,7 @@ def test_the_examples_of_a_task_and_a_searcher_work(tiny):
 
 
 def test_what_it_names_is_there():
-    for path in re.findall(r"`((?:tests|tasks)/\w+\.py)`", PAGE):
-        root = Path(__file__).parent.parent
-        assert (root / path).exists() or (root / "lrs_utils" / path).exists()
+    root = Path(__file__).parent.parent
+    named = re.findall(r"`((?:lrs_utils|tests|tools)/[\w/]+\.py)`", PAGE)
+    assert [path for path in named if not (root / path).exists()] == []
+    assert {"scaling/layers", "scoring/outcomes", "searchers/engine"} <= {path[10:-3] for path in named}

@@ -1,4 +1,4 @@
-"""Kill real searches again and again: each must end in the same place as without.
+"""Kill real searches again and again: each must end in the same place as one left alone.
 
     python tools/kill_searches.py
 

@@ -1,4 +1,4 @@
-"""How far free text repeats itself by chance, and under a scaling at several doses: the limit of `find_scaling`.
+"""How much free text repeats itself by chance, and under a scaling at several doses: the limit of `find_scaling`.
 
     python tools/measure_free_text.py lrs_utils/data/factors/smollm2-135m/kv-short-40.json
 

@@ -49,18 +49,9 @@ class Done:
 def main(arguments: Sequence[str]) -> int:
     """Run notebooks as the command line asks; 1 where one failed, 2 for a wrong command line, 130 where interrupted.
 
-    Ctrl-C, or SIGINT to this process, stops the notebooks that are running; the summary says how far it came.
+    Ctrl-C, or SIGINT to this process, stops the notebooks that are running; the summary says what was finished.
     """
-    parser = argparse.ArgumentParser(prog="python tools/reproduce.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="cpu", help="file in notebooks/profiles (cpu)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of notebooks")
-    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks at the same time (1)")
-    parser.add_argument("--resume", action="store_true", help="skip what finished with the same parameters and code")
-    parser.add_argument("--verify", action="store_true", help="measure a sample of what is committed again and compare")
-    parser.add_argument("--seed", type=int, default=0, help="which sample is verified (0)")
-    parser.add_argument("--out", type=Path, help="the run folder (build/runs/PROFILE)")
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.verify and (options.profile != "cpu" or options.given or options.fresh or options.resume):
         parser.error("--verify runs what is committed: profile cpu as it is, without -p, --fresh and --resume")
@@ -113,16 +104,33 @@ def main(arguments: Sequence[str]) -> int:
     if why:
         print(why, flush=True)
         return status
-    agree = True
-    if options.verify:
-        again = compared(folder, ROOT / "data" / "results", options.seed)
-        agree = bool(again) and all(result.agrees for result in again)
-        if not again:
-            print("nothing that is committed was found again: these notebooks have no results")
-        for result in again:
-            verdict = "agrees" if result.agrees else "DIFFERS"
-            print(f"{verdict}  {result.name}: {result.off} of {result.values} values off  {result.note}".rstrip())
+    agree = _agrees(folder, options.seed) if options.verify else True
     return int(not agree or any(done.status != "ok" for done in ended))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python tools/reproduce.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--profile", default="cpu", help="file in notebooks/profiles (cpu)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of notebooks")
+    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at the same time (1)")
+    parser.add_argument("--resume", action="store_true", help="skip what finished with the same parameters and code")
+    parser.add_argument("--verify", action="store_true", help="measure a sample of what is committed again and compare")
+    parser.add_argument("--seed", type=int, default=0, help="which sample is verified (0)")
+    parser.add_argument("--out", type=Path, help="the run folder (build/runs/PROFILE)")
+    return parser
+
+
+def _agrees(folder: Path, seed: int) -> bool:
+    """Print how each committed result compares with what was measured again; whether all agree."""
+    again = compared(folder, ROOT / "data" / "results", seed)
+    if not again:
+        print("nothing that is committed was found again: these notebooks have no results")
+    for result in again:
+        verdict = "agrees" if result.agrees else "DIFFERS"
+        print(f"{verdict}  {result.name}: {result.off} of {result.values} values off  {result.note}".rstrip())
+    return bool(again) and all(result.agrees for result in again)
 
 
 def _run_all(
@@ -244,7 +252,7 @@ def _executed(
 
 
 def _executed_cells(path: Path) -> list[Any]:
-    """Of an executed notebook; none where it isn't whole: papermill writes after every cell and may be killed at it."""
+    """An executed notebook's cells; none if the file isn't whole: papermill may be killed while it writes."""
     try:
         return list(nbformat.read(path, as_version=4).cells)  # type: ignore[no-untyped-call]
     except (OSError, ValueError):

@@ -145,7 +145,7 @@ def heat_map(values: pd.DataFrame, *, xlabel: str, label: str, ax: Axes | None =
 
 
 def factors(scalings: Mapping[str, Sequence[float]], *, ylabel: str = "factor", ax: Axes | None = None) -> Figure:
-    """Factor (or temperature) of every layer, one step line a scaling, with the baseline at 1."""
+    """Factor (or temperature) of every layer, one step line per scaling, with the baseline at 1."""
     ax = ax or plt.subplots()[1]
     ax.axhline(1.0, color="0.6", linewidth=0.8)
     for (name, values), colour in zip(scalings.items(), _COLOURS, strict=False):

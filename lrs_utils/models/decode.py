@@ -22,14 +22,14 @@ def refuse_training(lm: LM) -> None:
 def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
     """Greedy continuations by the model's `generate`, with settings of our own.
 
-    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Of that
-    config only the tokens that end a text are kept.
+    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Only
+    that config's end-of-text tokens are kept.
 
     Parameters
     ----------
     ids, mask : int tensors, shape (rows, tokens)
     to_the_end : bool
-        Of exactly `n_tokens`: the end of a text is never chosen.
+        Always `n_tokens` of them: the end of a text is never chosen.
     given
         Further arguments of `generate`.
 
@@ -72,7 +72,7 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
     Raises
     ------
     ValueError
-        The layer does something else with its logits that causal attention wouldn't.
+        The layer does something with its logits that causal attention wouldn't.
     """
     family = type(module).__name__
     for unknown in ("softcap", "s_aux"):

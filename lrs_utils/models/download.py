@@ -64,7 +64,7 @@ def package_file(name: str, sha256: str, folder: Path | None = None) -> Path:
     OSError
         It could not be fetched; no half file is left behind, and the message says where to put one by hand.
     ValueError
-        The file in the cache is another one.
+        The file in the cache is a different one.
     """
     path = (folder or cache_folder() / "packages") / name
     if not path.exists():

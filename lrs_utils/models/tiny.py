@@ -1,4 +1,4 @@
-"""Small models without a download: random ones of two layers for tests, and where the one that is trained here lies."""
+"""Small models without a download: random ones of two layers for tests, and where the one trained here is stored."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import (
 SMALL = "small-rope"
 SMALL_FOLDER = Path(__file__).resolve().parent.parent / "data" / "small-rope"
 
-# Random two-layer models, one for each family that the tests hold against transformers.
+# Random two-layer models, one for each family that the tests compare with transformers.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-llama": ("llama", {}),
     "tiny-mistral": ("mistral", {"sliding_window": None}),

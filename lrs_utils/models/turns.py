@@ -17,7 +17,7 @@ def used_alone(model: nn.Module) -> Iterator[None]:
     """One thread at a time: another that wants to use the model, or calls it, waits until this block is left.
 
     While a model is scaled or attends by another function, or its layers are called one by one, a forward pass of
-    somebody else would be wrong without a word.
+    somebody else would be wrong with no error.
     """
     with _making_locks:
         lock = _locks.get(model)

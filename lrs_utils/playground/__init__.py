@@ -1,1 +1,1 @@
-"""The widget that scores a curve while it is dragged, and its browser file."""
+"""A curve that is dragged, scored in the background, predicted meanwhile, and shown by a widget."""

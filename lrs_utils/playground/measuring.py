@@ -32,7 +32,7 @@ _latest_measurers: WeakKeyDictionary[Any, "weakref.ref[Measurer]"] = WeakKeyDict
 class Measurer:
     """Measures one scaling and the baseline in the background, context by context, and keeps what is known.
 
-    A new measurement takes the place of the running one, which ends before its next layer. The callbacks serve whoever
+    A new measurement takes the place of the running one, which ends before its next layer. The callbacks serve what
     shows this; `lock` guards all that changes here, and may guard more that has to change together with it.
 
     Parameters
@@ -133,7 +133,7 @@ class Measurer:
             self._refit_surrogate()
         except _Cancelled:
             line = "stopped; what was measured is kept"
-        except Exception as error:  # nobody waits for this thread who could catch it
+        except Exception as error:  # no one waits for this thread, so no one else could catch it
             line = describe_error(error)
         finally:
             measurement.ended.set()

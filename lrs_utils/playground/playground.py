@@ -24,7 +24,7 @@ _SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of
 
 
 class Playground:
-    """A curve under the user's hands, and what is known of the scaling that it stands for.
+    """A curve that the user moves, and what is known of the scaling that it stands for.
 
     After every change the running measurement is cancelled, and a new one begins in the background once nothing has
     changed for a quarter of a second; during a `drag` none begins, at its end at once. Whoever shows it subscribes.
@@ -105,7 +105,7 @@ class Playground:
 
     @property
     def best(self) -> MeasuredScaling | None:
-        """Of those measured on all contexts the one with the best mean accuracy."""
+        """The one with the best mean accuracy of those measured on all contexts."""
         complete = [m for m in self.measured.values() if len(m.exact) == len(self.suite.probes)]
         return max(complete, key=lambda m: m.mean, default=None)
 

@@ -1,4 +1,4 @@
-"""Predicted accuracy of curves that nobody has measured, made from those that were.
+"""Predicted accuracy of curves that no one has measured, made from those that were.
 
 Compared with the nearest measured curve and with the plain mean in data/results/predictions.csv.
 """

@@ -54,7 +54,7 @@ class _Panel:
         }
         self._status, self._table = ipywidgets.HTML(), ipywidgets.HTML()
         self._python = ipywidgets.Textarea(description="as Python", disabled=True, layout={"width": "98%"})
-        self._refreshing = threading.Lock()  # refreshes come from the measuring thread too
+        self._refreshing = threading.Lock()  # refreshes also come from the measuring thread
         self._this_thread = threading.local()
 
     def connect(self) -> None:
@@ -102,7 +102,7 @@ class _Panel:
 
     def _move(self, point: int) -> None:
         layer, factor = self._sliders[point]
-        self._playground.move(point, layer.value, factor.value)  # refreshes the sliders also where the point stayed
+        self._playground.move(point, layer.value, factor.value)  # refreshes the sliders even where the point stayed
 
     def _use_preset(self) -> None:
         if self._preset.value:
@@ -116,7 +116,7 @@ class _Panel:
         with self._refreshing:
             self._this_thread.refreshing = True
             try:
-                if moved:  # only who moved the curve writes it back: from elsewhere it might overtake the browser
+                if moved:  # only what moved the curve writes it back: from elsewhere it might overtake the browser
                     self._refresh_curve()
                 self._refresh_accuracies(moved)
             finally:
@@ -179,7 +179,7 @@ def _describe_measured(name: str, measured: MeasuredScaling, n_contexts: int) ->
 
 
 def _write_table(accuracies: list[dict[str, Any]]) -> str:
-    """The accuracies in words and numbers, for who can't see them drawn."""
+    """The accuracies in words and numbers, for those who can't see them drawn."""
     rows = ""
     for accuracy in accuracies:
         columns = np.linspace(0, len(accuracy["depths"]) - 1, 5).round().astype(int)

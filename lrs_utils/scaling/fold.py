@@ -18,7 +18,7 @@ def fold_heads(model: PreTrainedModel, settings: Sequence[Setting]) -> PreTraine
     Raises
     ------
     ValueError
-        A query norm that heads with different temperatures share, a projection that is no plain linear layer.
+        A query norm that heads with different temperatures share, a projection that isn't a plain linear layer.
     """
     plain = copy.deepcopy(model)
     for layer, setting in zip(reachable_decoder(plain).layers, settings, strict=True):

@@ -124,7 +124,7 @@ class HeadScaling(Scaling):
             The number of layers or heads differs from the model's, its heads are already scaled, or its family's
             projections can't be reached (named in the message).
         """
-        reachable_decoder(model)  # or an error, before a lock is hung on what is no model
+        reachable_decoder(model)  # or an error, before anything that isn't a model gets a lock
         with ExitStack() as stack:
             stack.enter_context(used_alone(model))
             self.refuse_misfit(model)
@@ -158,7 +158,7 @@ class HeadScaling(Scaling):
         ------
         ValueError
             Where that can't be exact: factors of layers, a query norm that heads with different temperatures share, a
-            projection that is no plain linear layer (quantised, or with an adapter).
+            projection that isn't a plain linear layer (quantised, or with an adapter).
         """
         self.refuse_misfit(model)
         LayerScaling.identity(self.num_layers).refuse_misfit(model)  # a copy would keep the hooks of one applied

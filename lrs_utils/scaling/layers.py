@@ -1,6 +1,6 @@
 """Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
 
-Knows how to hang the `tables` of each layer's factor (and temperature) on an unmodified Hugging Face model. Per-head
+Puts the `tables` of each layer's factor (and temperature) on an unmodified Hugging Face model. Per-head
 numbers are `heads`. Where numbers come from is `bezier` and `searchers`; what they are worth is `scoring`; their files
 are `files`.
 """
@@ -174,7 +174,7 @@ class LayerScaling(Scaling):
         ----------
         length : int, optional
             Of "dynamic_ntk": tokens that it stretches for. By default what the first forward pass of a sequence reads,
-            also for what comes after it (one sequence after the other, not by turns): keys in the cache keep the
+            and the same for what comes after it (one sequence at a time, not interleaved): keys in the cache keep the
             frequencies that they were rotated by, so the queries must too. (transformers changes them for each new
             token, and old keys no longer fit.)
 

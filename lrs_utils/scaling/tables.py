@@ -29,7 +29,7 @@ class Stretch(Protocol):
 
 
 class PositionTables:
-    """cos and sin of any setting, of what a model's rotary embedding is asked while this is entered.
+    """cos and sin under any setting, for all that a model's rotary embedding is asked while this is entered.
 
     Call it with the `position_embeddings` that a decoder layer was given and a setting; the result is that layer's own
     version of the same call. `UNSCALED` gives back what was given, bit for bit.
@@ -121,7 +121,7 @@ class PositionTables:
         setting: Any = (*values, scaling.scheme, scaling.extension, scaling.combine)
         length = self._stretched_for(scaling.scheme, *args, **kwargs)
         rotary = _scaled_rotary(self._unscaled, setting, self._window, length, name=self._name)
-        # transformers computes tables under `no_grad`, a decorator; beneath it stands the formula
+        # transformers computes tables under `no_grad`, a decorator; beneath it is the formula
         tables = inspect.unwrap(type(rotary).forward)(rotary, *args, **kwargs)
         if not all(table.requires_grad for table in tables):
             raise ValueError(f"{self._name}: {type(rotary).__name__} lets no gradient through to layer factors")

@@ -1,6 +1,6 @@
 """Trials of a model on a few tokens: what it would ignore, or do wrong, is refused by name and never measured.
 
-Each trial compares the model with itself, computed in another way that can't be ignored. What came of it is kept as
+Each trial compares the model with itself, computed in another way that can't be ignored. The result is kept as
 long as the model lives, so that it costs a few forward passes of eight tokens once.
 """
 
@@ -97,7 +97,7 @@ def some_tokens(model: PreTrainedModel, n: int = N_TOKENS) -> Tensor:
 def logits(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits of a plain forward pass, shape (tokens, vocabulary), in float32."""
     row = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
-    # with a mask, a gap in positions is no beginning of another text
+    # with a mask, a gap in positions doesn't begin another text
     row = {name: values[None].to(model.device) for name, values in row.items()}
     return model.forward(**row, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 

@@ -66,7 +66,7 @@ def generate_answers(
 
 
 def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy text after each of some prompts that begin alike; what they share is read once."""
+    """Greedy text after each of some prompts that begin the same way; what they share is read once."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     n_context, longest = shared_prefix(prompts), max(map(len, prompts))
     device = lm.model.device

@@ -32,10 +32,10 @@ class PackedForward:
     length : int, optional
         Tokens that "dynamic_ntk" stretches for, as in `PositionTables`.
     scaled : bool
-        Whether any layer's positions are scaled. If not, families are read whose tables can't be made anew.
+        Whether any layer's positions are scaled. If not, even families whose tables can't be made again are read.
     fixed_rows : bool
         Multiply a fixed number of tokens at a time, so that a token's numbers are the same to the last bit whatever
-        lies beside it (`packing.rounding_alike`).
+        lies next to it (`packing.rounding_alike`).
     """
 
     def __init__(self, lm: LM, *, length: int | None = None, scaled: bool = True, fixed_rows: bool = False) -> None:
@@ -65,7 +65,7 @@ class PackedForward:
     def embed(self, layout: Layout) -> Tensor:
         """The first layer's input for a row, (1, tokens, hidden).
 
-        From the model's own forward, with layers that only note what they are given beside their input.
+        From the model's own forward, with layers that only note what they are given besides their input.
         """
 
         def note(hidden: Tensor, *more: Any, **given: Any) -> Tensor:
@@ -105,7 +105,7 @@ class PackedForward:
     def run_with(
         self, index: int, hidden: Tensor, table: tuple[Tensor, Tensor] | None, *numbers: Tensor | None
     ) -> Tensor:
-        """One layer with a table for all copies, and numbers of heads as `heads.multiplied` takes them."""
+        """One layer with a table for all copies, and numbers of heads as `products.multiplied` takes them."""
         layer, given, n = self._layers[index], self._given[index], self._layout.length
         if (copies := hidden.shape[1] // n) > 1:
             given = {

@@ -82,8 +82,8 @@ def score(
         Advanced by one for every context of every candidate; without it `score` shows its own.
     batch_tokens : int, optional
         Tokens, of contexts times candidates, that go through a layer together; one context with its questions always
-        does. Found automatically: on a GPU from the memory that the first context takes. Where memory runs out all the
-        same, the limit is halved and scoring goes on.
+        does. Found automatically: on a GPU from the memory that the first context takes. Where memory runs out
+        anyway, the limit is halved and scoring continues.
     shared : Shared, optional
         What earlier calls on the same model left to be shared.
     executor : concurrent.futures.Executor, optional
@@ -92,8 +92,8 @@ def score(
         Workers load the model by its name onto a device of the same kind (the first that they see) and compute; only
         this process writes the ledger.
 
-    An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever is asked
-    beside it and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
+    An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever else is
+    asked and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
 
     Raises
     ------
@@ -191,7 +191,7 @@ class _Work:
                     self._record(batch, c, hits, losses)
                 self._layers_run += n_layers
         finally:
-            for future in waiting:  # after an error; those done don't mind
+            for future in waiting:  # after an error; no effect on those that are done
                 future.cancel()
 
     def outcomes(self) -> Outcomes:

@@ -24,7 +24,7 @@ _LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: wh
 class Shared:
     """What calls of `score` on one model may share, in memory: tokens, and outputs of first layers left unscaled.
 
-    For whoever scores the same contexts again and again, as `search` does.
+    For callers that score the same contexts again and again, as `search` does.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Batch:
 
 
 def next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, shared: Shared) -> Batch:
-    """The first context that lacks anything, and further ones like it as far as there is room."""
+    """The first context that lacks anything, and more like it while there is room."""
     first = int(missing.any(axis=(0, 2)).argmax())
     asked = missing[missing[:, first].any(axis=1).argmax(), first]
     alike = (missing == asked).all(axis=2)  # (candidates, contexts): nearly always all that lack anything

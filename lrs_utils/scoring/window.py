@@ -7,7 +7,7 @@ from lrs_utils.tasks import Probe
 
 def context_tokens(lm: LM, probe: Probe) -> int:
     """What "dynamic_ntk" stretches for: the context, whatever is asked about it, so that a question's outcome doesn't
-    hang on which others are asked with it. A text that goes on, which nothing asks for, is read to its end."""
+    depend on which others are asked with it. A text that goes on, which nothing asks for, is read to its end."""
     [first, *others] = probe.questions
     continued = "" if first.prompt or others else first.answer
     return len(lm.tokenizer(probe.context + continued)["input_ids"])

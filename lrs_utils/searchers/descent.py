@@ -28,13 +28,13 @@ class GradientSearch:
     """Adam on the logs of numbers of layers or heads, one context of each suite a step (ours, not the paper's).
 
     `search` gives it candidates to judge: the scaling after every few steps, so the stopping point is chosen by
-    whatever objective and suite the search is told, which may be other ones than are followed downhill here.
+    whatever objective and suite the search is told, which may differ from those followed downhill here.
 
     Parameters
     ----------
     lm : LM
     suites : Suite or sequence of Suite
-        What the nll is taken of. Contexts are drawn without putting back until all were seen.
+        What the nll is taken of. Each context is drawn once before any is drawn a second time.
     weights : sequence of float, optional
         Of the suites' nll in their sum; 1 each by default.
     vary : str
@@ -52,11 +52,11 @@ class GradientSearch:
     every : int
         Steps between candidates.
     questions : int, optional
-        At most so many questions of a context in a step, drawn anew each time and spread over depth: a cheaper step.
+        At most so many questions of a context in a step, drawn again each time and spread over depth: a cheaper step.
     extrapolate : bool
         Allow contexts longer than the window.
     ledger : Ledger, optional
-        Gradients found there are not computed again: a search that was killed goes on where it was.
+        Gradients found there are not computed again: a search that was killed resumes where it was.
     seed : int
         Of the order of contexts.
     progress : Progress, optional

@@ -1,6 +1,6 @@
 """The search: a searcher proposes scalings, the engine scores them, an objective rates them.
 
-Killed at any moment, a search goes on where it was when it is run again: searchers are deterministic given their seed,
+A search that was killed resumes where it was when it is run again: searchers are deterministic given their seed,
 and the ledger answers for what was measured.
 """
 
@@ -41,7 +41,7 @@ class SearchResult(Generic[Candidate]):
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
     layers_run, layers_alone : int
-        Decoder layers computed, and how many it would have been with each candidate on its own (see `score`).
+        Decoder layers computed, and how many there would have been with each candidate on its own (see `score`).
     """
 
     candidates: list[Candidate] = field(default_factory=list)

@@ -25,7 +25,7 @@ class GeneticSearch:
     As 2503.04355 describes it, as far as that is known; where it is silent, as the co-author's LongRoPE (2402.13753,
     released code) does it: the first population is a flat curve and mutations of it; each generation keeps the best
     `parents` (elitist) and adds `mutations` of random parents and `crossovers` of two. A genome whose scaling was seen
-    before is not proposed again, also if its control points differ.
+    before is not proposed again, even if its control points differ.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class GeneticSearch:
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
         """Keep the fittest `parents` of everything told so far."""
         self._members += [_Member(self._genomes[c], c, f) for c, f in zip(candidates, fitness, strict=True)]
-        self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the elder stays
+        self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the older stays
         del self._members[self._parents :]
 
     def curve(self, scaling: LayerScaling) -> BezierCurve:

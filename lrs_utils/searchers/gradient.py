@@ -25,7 +25,7 @@ from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
 from lrs_utils.searchers.numbers import HEAD_NUMBERS, LAYER_NUMBERS, layers_and_heads, numbers_of
 from lrs_utils.tasks import Probe
 
-_KEPT_BYTES = 2 * 2**30  # of activations kept for the way back; above it they are computed twice
+_KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice
 PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
 
 
@@ -51,7 +51,7 @@ def nll_gradient(
     extrapolate : bool
         Allow a context longer than the window.
     ledger : Ledger, optional
-        Where a gradient known is found, and a new one is written.
+        Known gradients are read from it, and new ones written to it.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def _last_states(
     now: Mapping[str, Tensor],
     numbers: Sequence[str],
 ) -> Tensor:
-    """What the last layer puts out where the scaling's numbers are `now`, those of `numbers` with a way back."""
+    """The last layer's output where the numbers are `now`, in a form that `numbers` can be differentiated through."""
     layers, _ = layers_and_heads(scaling, lm)
     through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
     of_layers = bool({*LAYER_NUMBERS} & {*numbers})

@@ -31,7 +31,7 @@ def in_chat(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
     )
     head, _, tail = rendered.partition(_MESSAGE)
     if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        head = head.removeprefix(tokenizer.bos_token)  # it comes again when text is tokenised
+        head = head.removeprefix(tokenizer.bos_token)  # it is added again when text is tokenised
     probes = []
     for probe in suite.probes:
         questions = []

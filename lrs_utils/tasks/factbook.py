@@ -1,7 +1,7 @@
 """Facts of the CIA World Factbook, out of a package: questions with a passage each, plain prose, and capitals to tell.
 
 256 JSON files, the CIA's text, public domain. Chosen because its facts are fields, so that questions and answers can be
-written without a reader, and unlike Wikipedia's text it needs no attribution (data/README.md).
+written by a program, and unlike Wikipedia's text it needs no attribution (data/README.md).
 """
 
 import html
@@ -62,8 +62,8 @@ _WORDS = 100  # of a passage at most, as in the paper
 def capitals(n_contexts: int = 100, seed: int = 0, *, n_options: int = 4) -> Suite:
     """What a model knows without any context: the capital of a country, to be told from other countries' capitals.
 
-    A check that runs offline of what a scaling costs beside long contexts. The options are the questions of a context,
-    the right one first: it is known where its nll is the least of them, `outcomes.nll.argmin(axis=2) == 0`.
+    A check that runs offline of what a scaling costs apart from long contexts. The options are the questions of a
+    context, the right one first: it is known where its nll is the least of them, `outcomes.nll.argmin(axis=2) == 0`.
     """
     known = [item for item in factbook_items() if "capital" in item.question]
     if not (1 <= n_contexts <= len(known) and 2 <= n_options <= len(known)):
@@ -126,7 +126,7 @@ def _field(entry: Any, path: str) -> str:
 
 
 def _opening(text: str, n_words: int) -> str:
-    """Whole sentences from the begin of a text, as many as fit."""
+    """Whole sentences from the beginning of a text, as many as fit."""
     ends = [0, *(match.end() for match in re.finditer(r"(?<=[a-z0-9)][.!?])(?<!\bSt\.)(?= [A-Z]|$)", text))]
     fitting = [end for _, end in pairwise(ends) if len(text[:end].split()) <= n_words]
     return text[: fitting[-1]] if fitting else ""

@@ -24,7 +24,7 @@ def judged(
 
 
 def holds_value(text: str, answers: Sequence[str]) -> bool:
-    """Key-value retrieval (2307.03172, its release): an answer stands somewhere in the text, in any case."""
+    """Key-value retrieval (2307.03172, its release): an answer is somewhere in the text, in upper or lower case."""
     return any(answer.lower() in text.lower() for answer in answers)
 
 

@@ -1,4 +1,4 @@
-"""Your own contexts, questions and answers, from a JSON-lines file (`data/README.md` has the format field by field)."""
+"""Your own contexts, questions and answers, from a JSON-lines file (format: lrs_utils/tasks/data/README.md)."""
 
 import re
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def from_jsonl(path: str | Path) -> Suite:
         {"prompt_before": "...", "answer": ["first", "also right"], "depth": 0.4}
 
     The model reads context, a blank line (none where the context ends with a line break), question. It should go on
-    with the answer, the first of several. Answers begin where tokens do (`_divided`). Other fields are not looked at.
+    with the answer, the first of several. Answers begin where tokens do (`_divided`). Other fields are ignored.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Questions with the passage that answers each, and which other passages are most alike to it."""
+"""Questions with the passage that answers each, and which other passages are most similar to it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Pool:
             yield self.items[i], np.random.default_rng([seed, context, 3])
 
     def ranked(self, item: Item) -> Iterator[Document]:
-        """Other documents under other titles, those most alike to the question and its passage first."""
+        """Other documents under other titles, those most similar to the question and its passage first."""
         # the question alone would not do: a country's name stands in its own passage only, and what is left of the
         # question stands in all, so that the same few passages would be next to every question
         query = f"{item.question} {item.gold.title} {item.gold.text}"

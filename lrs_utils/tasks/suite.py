@@ -61,7 +61,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Suite:
-    """Probes: contexts with their questions, at the same depths in each or not, and as many in each or not.
+    """Contexts with their questions, whose number and depths may differ from context to context.
 
     Arrays over a suite have a column for each question of the context that has most. Where a context has fewer, `asked`
     is False, a depth is nan, and so is the nll of an outcome.

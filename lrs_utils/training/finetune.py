@@ -1,7 +1,7 @@
 """Training a language model inside its window, whatever positions its tokens are given (CREAM, 2406.07138, Section 3).
 
-A plain loop that ends in the same place however often it is killed: step s draws its documents and positions from only
-the seed and s, and weights, optimiser and losses are written to disk every few steps.
+A plain loop that ends in the same place no matter how often it is killed: step s draws its documents and positions from
+only the seed and s, and weights, optimiser and losses are written to disk every few steps.
 """
 
 import copy
