@@ -84,7 +84,8 @@ def test_several_numbers_are_differentiated_at_once_as_each_alone(tiny):
     alone = [nll_gradient(tiny, SUITE.probes[0], HEADS, [name]) for name in names]
     assert together[1].shape == (10, 2)
     np.testing.assert_allclose(together[1], np.concatenate([gradient for _, gradient in alone]), rtol=1e-3, atol=1e-5)
-    assert {nll for nll, _ in alone} == {together[0]}
+    # multiplying by a gain of 1 takes another path through the kernels, which may move the last bit
+    np.testing.assert_allclose([nll for nll, _ in alone], together[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("start", [LayerScaling((1.2, 0.9), "pi", (1.3, 0.8)), HEADS], ids=["layers", "heads"])
@@ -103,13 +104,13 @@ def test_the_gradient_by_a_layers_temperature_is_the_sum_over_its_heads(lm, star
 def test_activations_that_are_kept_or_computed_twice_give_the_same(lm, monkeypatch, numbers):
     calls = []
     twice = gradient._computed_twice
-    monkeypatch.setattr(gradient, "_computed_twice", lambda *args: calls.append(args[0]) or twice(*args))
+    monkeypatch.setattr(gradient, "_computed_twice", lambda *args: calls.append(args[0].__name__) or twice(*args))
     start = fitting(lm, HEADS)
     kept = nll_gradient(lm, SUITE.probes[0], start, numbers)
-    assert gradient._layer_over not in calls
+    assert "run_with" not in calls
     monkeypatch.setattr(gradient, "_KEPT_BYTES", 0)
     computed = nll_gradient(lm, SUITE.probes[0], start, numbers)
-    assert calls.count(gradient._layer_over) == 2
+    assert calls.count("run_with") == 2
     assert computed[0] == kept[0]
     np.testing.assert_allclose(computed[1], kept[1], rtol=1e-4, atol=1e-6)
 
