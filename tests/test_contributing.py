@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from lrs_utils import LayerScaling, search
+from lrs_utils.searchers.curves import Fitness
 from lrs_utils.searchers.objectives import mixture
-from lrs_utils.searchers.space import Fitness
 from lrs_utils.tasks import Probe, Question, Suite
 from lrs_utils.tasks.kv import syllables
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lrs_utils import LayerScaling
-from lrs_utils.analysis import heads as entropy
+from lrs_utils.analysis import attention as entropy
 
 
 @pytest.fixture

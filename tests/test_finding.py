@@ -20,15 +20,15 @@ from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, Outcomes, find_scal
 from lrs_utils.finding import free_text, recipe
 from lrs_utils.finding import parts as dividing
 from lrs_utils.finding import plan as planning
-from lrs_utils.finding import run as running
+from lrs_utils.finding import stages as running
 from lrs_utils.finding.found import FIFTHS
 from lrs_utils.finding.notes import NOTES
 from lrs_utils.finding.parts import LEAST_CONTEXTS, Part, divide
-from lrs_utils.finding.run import Run
+from lrs_utils.finding.stages import Run
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.files import read_factors
 from lrs_utils.searchers import descent
-from lrs_utils.searchers.numbers import SPACES, numbers_of
+from lrs_utils.searchers.learned import SPACES, numbers_of
 from lrs_utils.tasks import Probe, Question, Suite
 
 # words that say where in a text they stand; thirds of it begin and end between words

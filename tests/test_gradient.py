@@ -14,7 +14,7 @@ from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers import descent, gradient
 from lrs_utils.searchers.gradient import nll_gradient
-from lrs_utils.searchers.numbers import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of
 from lrs_utils.searchers.objectives import mixture
 
 SUITE = tasks.kv_retrieval(2, 3, keys="short")

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lrs_utils.scoring import ledger_file
+from lrs_utils.scoring import ledger_tables
 from lrs_utils.scoring.ledger import Ledger
-from lrs_utils.scoring.ledger_file import LedgerError
+from lrs_utils.scoring.ledger_tables import LedgerError
 
 KEYS = ["q0", "q1", "q2"]
 EXACT, NLL = np.array([True, False, True]), np.array([0.1, 1.25, 2.0], np.float32).astype(float)
@@ -280,7 +280,7 @@ def test_misuse_is_not_called_damage(ledger):
 
 def test_without_a_write_ahead_log_every_write_waits_for_the_disk_and_a_line_says_so(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_file, "_use_write_ahead_log", lambda database: "delete")
+        patched.setattr(ledger_tables, "_use_write_ahead_log", lambda database: "delete")
         ledger = Ledger(tmp_path / "l.sqlite")
     assert "l.sqlite: no write-ahead log here (journal mode delete)" in capsys.readouterr().err
     assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
-from lrs_utils.analysis.heads import logits_by_distance
+from lrs_utils.analysis.attention import logits_by_distance
 from lrs_utils.finding.free_text import continue_freely
 from lrs_utils.scaling.trial import tried
 from lrs_utils.scoring.answers import generate_answers

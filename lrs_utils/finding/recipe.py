@@ -16,13 +16,13 @@ from lrs_utils.arguments import instance
 from lrs_utils.finding.found import Found, tabulate
 from lrs_utils.finding.parts import Part, Task, divide
 from lrs_utils.finding.plan import STOPS, Plan, count_tokens, cut_to_minutes, measure_seconds_per_token
-from lrs_utils.finding.run import Run
+from lrs_utils.finding.stages import Run
 from lrs_utils.models.download import cache_folder
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
-from lrs_utils.searchers.numbers import SPACES, refuse_space
+from lrs_utils.searchers.learned import SPACES, refuse_space
 from lrs_utils.tasks import Suite, long_texts
 
 AUTO = "head_gains"  # these gain most so far, and fold into every tested family (CHOICES.md)

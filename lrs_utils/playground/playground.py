@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from lrs_utils.models.load import LM
 from lrs_utils.playground.measured import MeasuredScaling
-from lrs_utils.playground.measuring import Measurer
 from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, Surrogate
+from lrs_utils.playground.worker import Measurer
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.layers import LayerScaling

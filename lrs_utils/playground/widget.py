@@ -16,8 +16,8 @@ import numpy as np
 import traitlets
 
 from lrs_utils.playground.measured import MeasuredScaling
-from lrs_utils.playground.measuring import describe_error
 from lrs_utils.playground.playground import Playground
+from lrs_utils.playground.worker import describe_error
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.rope import SCHEMES
 

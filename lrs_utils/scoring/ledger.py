@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lrs_utils.scoring.ledger_file import (
+from lrs_utils.scoring.export import read_outcomes, write_outcomes
+from lrs_utils.scoring.ledger_tables import (
     TABLES,
     LedgerError,
     compute_checksum,
@@ -26,7 +27,6 @@ from lrs_utils.scoring.ledger_file import (
     refuse_strangers,
     transaction,
 )
-from lrs_utils.scoring.outcome_files import read_outcomes, write_outcomes
 
 
 class Ledger:

@@ -18,9 +18,9 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
+from lrs_utils.searchers.curves import Fitness
 from lrs_utils.searchers.gradient import PRICE, gradient_key, nll_gradient
-from lrs_utils.searchers.numbers import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, layers_and_heads, numbers_of, refuse_space
-from lrs_utils.searchers.space import Fitness
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, layers_and_heads, numbers_of, refuse_space
 from lrs_utils.tasks import Probe, Suite
 
 

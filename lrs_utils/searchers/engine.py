@@ -20,8 +20,8 @@ from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import Outcomes, score
 from lrs_utils.scoring.trie import Shared
+from lrs_utils.searchers.curves import Candidate, Fitness, Searcher
 from lrs_utils.searchers.objectives import Objective, utilisation_then_nll
-from lrs_utils.searchers.space import Candidate, Fitness, Searcher
 from lrs_utils.tasks import Suite
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from lrs_utils.arguments import number, whole
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.layers import LayerScaling
-from lrs_utils.searchers.space import Fitness, Genome, Points, Space
+from lrs_utils.searchers.curves import Fitness, Genome, Points, Space
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, pack
 from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
-from lrs_utils.searchers.numbers import HEAD_NUMBERS, LAYER_NUMBERS, layers_and_heads, numbers_of
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, layers_and_heads, numbers_of
 from lrs_utils.tasks import Probe
 
 _KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from lrs_utils.analysis.statistics import mean_over_questions, utilisation, utilisation_over_depths
 from lrs_utils.scoring.outcomes import Outcomes
-from lrs_utils.searchers.space import Fitness
+from lrs_utils.searchers.curves import Fitness
 
 Objective = Callable[..., Sequence[Fitness]]  # of one Outcomes for each suite
 

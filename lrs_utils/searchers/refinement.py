@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 
 from lrs_utils.scaling.layers import LayerScaling
-from lrs_utils.searchers.space import Fitness, varied
+from lrs_utils.searchers.curves import Fitness, varied
 
 
 class RefinementSearch:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrs_utils.scaling.layers import LayerScaling
-from lrs_utils.searchers.space import Fitness, Space
+from lrs_utils.searchers.curves import Fitness, Space
 
 
 class CmaEsSearch:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lrs_utils.models.download import write_whole
-from lrs_utils.scoring.ledger_file import LedgerError
+from lrs_utils.scoring.ledger_tables import LedgerError
 
 _COLUMNS = ["model", "scaling", "question", "exact", "nll", "max_new_tokens", "text"]
 _OF_OUTCOMES = _COLUMNS[:5]  # all that a file without free answers and gradients has
