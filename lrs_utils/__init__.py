@@ -1,4 +1,4 @@
-"""Layer-specific RoPE scaling: search, score and apply one position factor per decoder layer."""
+"""Layer-specific RoPE scaling: find, score and apply numbers of layers (positions) and of attention heads."""
 
 from lrs_utils import tasks
 from lrs_utils.finding.found import Found
