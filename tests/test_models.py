@@ -16,7 +16,7 @@ from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
 from lrs_utils.models import download as files
 from lrs_utils.models import embedded
 from lrs_utils.models import load as models
-from lrs_utils.models.tiny import TINY
+from lrs_utils.models.tiny import TINY, build_tiny
 from lrs_utils.notebook import ROOT
 from lrs_utils.scoring.trie import Shared
 
@@ -284,7 +284,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny, tmp_path):
 def test_a_model_without_weights_is_refused(tiny):
     with pytest.raises(ValueError, match="device is 'meta', where a model has no weights"):
         load_lm("tiny-llama", device="meta")
-    empty = models.outline("tiny-llama")
+    with torch.device("meta"):
+        empty = build_tiny("tiny-llama", torch.float32)
     with (
         pytest.raises(ValueError, match="LlamaForCausalLM can't be used here: its weights are on the meta device"),
         LayerScaling((1.2, 1.0)).applied_to(empty),

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -90,7 +89,7 @@ def load_lm(
     name = str(name)
     device = choose_device(device)
     if device.type == "meta":
-        raise ValueError("device is 'meta', where a model has no weights; give a CPU or GPU, or use `outline`")
+        raise ValueError("device is 'meta', where a model has no weights; give a CPU or GPU")
     dtype = choose_dtype(dtype, device)
     if name in TINY:
         tokenizer, model = character_tokenizer(), build_tiny(name, dtype)
@@ -174,15 +173,6 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     return chosen
-
-
-def outline(name: str) -> PreTrainedModel:
-    """A model of `load_lm` without its weights, from the configuration alone: to see how large it is."""
-    with torch.device("meta"):
-        if name in TINY:
-            return build_tiny(name, torch.float32)
-        config = AutoConfig.from_pretrained(_checked_source(name))
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _checked_source(name: str) -> str | Path:
