@@ -1,24 +1,25 @@
-# make demo: a scaling for a real model, found and judged in minutes.   make test: everything CI checks.
-# make test-oldest: the same on the oldest torch and transformers that are admitted, in a venv of its own.
-# make bench: what an answer and a search cost, against decoding each answer anew and the machine's limit.
+# make demo: a scaling for a real model, found and tested in minutes.   make test: everything CI checks.
+# make test-oldest: the same on the oldest torch and transformers allowed, in a venv of its own.
+# make bench: what an answer and a search cost, against decoding each answer separately and the machine's limit.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
 EXTRAS := cluster,hub,rivals,test,tune
-# one line of output a step, also when a terminal is attached to make
+# one line of output per step, even when a terminal is attached to make
 RUN := $(BIN)/papermill --log-output --no-progress-bar
 
-# two workers of one thread each: torch's threads would wait for each other
+# two workers with one thread each: more torch threads would wait for each other
 WORKERS ?= 2
+PROFILE ?= cpu
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST := torch==2.9.0 transformers==5.20.0
 
-.PHONY: demo test test-oldest bench lint model texts clean
+.PHONY: demo reproduce test test-oldest bench lint model texts clean
 
 demo: texts
 	@mkdir -p build
 	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -p profile demo
 	@$(BIN)/jupyter nbconvert --log-level WARN --to html build/demo.ipynb
-	@$(BIN)/python -m lrs_utils.reproduce build/demo.ipynb
+	@$(BIN)/python tools/reproduce.py build/demo.ipynb
 	@echo "page:        $(CURDIR)/build/demo.html"
 
 test: lint texts
@@ -31,8 +32,12 @@ test-oldest: texts
 		--constraint build/oldest/constraints.txt --editable '.[$(EXTRAS)]'
 	OMP_NUM_THREADS=1 build/oldest/bin/python $(PYTEST)
 
+# all notebooks with papermill into build/runs: make reproduce PROFILE=smoke
+reproduce: .venv/installed
+	$(BIN)/python tools/reproduce.py --profile $(PROFILE)
+
 bench: model
-	$(BIN)/python -m lrs_utils.benchmark
+	$(BIN)/python tools/benchmark.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -43,7 +48,7 @@ lint: .venv/installed
 model: .venv/installed
 	@$(BIN)/python -c "from lrs_utils import load_lm; print(load_lm())"
 
-# the model, and 8 MB of books and facts, fetched once: tests need no network then
+# the model, and 8 MB of books and facts, fetched once, so that tests need no network
 texts: .venv/installed
 	@$(BIN)/python -c "from lrs_utils import load_lm, tasks; \
 		print(load_lm()); [tasks.long_texts(t) for t in ('shakespeare', 'factbook')]"

@@ -1,4 +1,4 @@
-"""Arguments that are what they should be, or a ValueError that names the argument, its value and the mend."""
+"""Checks of arguments: a wrong one raises a ValueError that names the argument, its value and how to fix it."""
 
 import math
 import operator
@@ -36,7 +36,7 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
 
 
 def instance(name: str, value: Any, kind: type | UnionType, mend: str) -> None:
-    """Refuse what is no instance of a type; `mend` says what to give."""
+    """Refuse a value that is not an instance of a type; `mend` says what to give instead."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {' '.join(repr(value).split()):.80}; give {mend}")
 

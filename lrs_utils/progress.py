@@ -1,4 +1,4 @@
-"""Progress of long work: a tqdm bar where someone watches, one line per step where only a log does."""
+"""Progress of long work: a tqdm bar if someone is watching, one line per step if there is only a log."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -15,8 +16,8 @@ _SECONDS_BETWEEN_LINES = 2.0
 class Progress:
     """Counts units of work done out of `total`.
 
-    A bar in JupyterLab and on a terminal. Elsewhere (papermill, CI, a log file) lines, at most one every two seconds.
-    In a notebook nothing of it stays in the cell's output once the work is done.
+    Shows a bar in JupyterLab and on a terminal; elsewhere (papermill, CI, a log file) lines, at most one every two
+    seconds. In a notebook nothing of it stays in the cell's output once the work is done.
     """
 
     def __init__(self, total: int, description: str) -> None:
@@ -87,6 +88,18 @@ class _Part(Progress):
         self._whole.advance(round(units * self._weight), note)
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Let transformers load and save without bars of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _in_kernel() -> bool:
     return "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel")
 
@@ -94,5 +107,5 @@ def _in_kernel() -> bool:
 def _headless() -> bool:
     if not _in_kernel():
         return not sys.stderr.isatty()
-    # a kernel that a Jupyter server, Colab or VS Code started has someone before it; papermill sets none of these
+    # someone watches a kernel that a Jupyter server, Colab or VS Code started; papermill sets none of these
     return not any(name in os.environ for name in ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID"))

@@ -5,8 +5,9 @@ import torch
 from transformers import GenerationConfig
 
 from lrs_utils import HeadScaling, load_lm
-from lrs_utils.models import EMBEDDED, LM
-from lrs_utils.scaling import Scaling
+from lrs_utils.models.embedded import EMBEDDED
+from lrs_utils.models.load import LM
+from lrs_utils.scaling.base import Scaling
 
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 

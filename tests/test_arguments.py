@@ -18,8 +18,8 @@ from lrs_utils import (
     tasks,
 )
 from lrs_utils.arguments import number, whole
-from lrs_utils.perplexity import window_nll
-from lrs_utils.search import utilisation_then_nll
+from lrs_utils.scoring.perplexity import window_nll
+from lrs_utils.searchers.objectives import utilisation_then_nll
 
 SUITE = tasks.kv_retrieval(3, 1, keys="short")
 random = partial(RandomSearch, 4)

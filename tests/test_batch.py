@@ -7,9 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
-from lrs_utils import batch
-from lrs_utils.batch import Done, main
+import reproduce as batch
+from reproduce import main
 
 PARAMETERS = 'profile: str = "cpu"  # a file\nn: int = 1  # a number\nfresh: bool = False  # anew'
 FIGURE = (
@@ -134,34 +133,18 @@ def test_a_folder_that_is_no_run_folder_is_left_as_it_is(collection, capsys):
     assert (mine / "thesis.txt").read_text() == "all of it"
 
 
-def test_what_it_costs_is_said_before_anything_runs(collection, capsys, monkeypatch):
-    def priced(name, settings):
-        assert settings == {"profile": "gpu", "seed": 9}
-        if name == "02_fails":
-            raise MemoryError("02_fails: 100 GiB to train")
-        return f"{name}: roughly 3 hours"
-
-    (collection / "notebooks" / "profiles" / "gpu.yaml").write_text("profile: gpu\nseed: 9\n")
-    monkeypatch.setattr(batch, "announced", priced)
-    monkeypatch.setattr(batch, "_executed", lambda path, *_: Done(path.stem, "ok", 1.0, "", "0"))
-    assert main(["--profile", "gpu"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    said = ["01_draws: roughly 3 hours", "02_fails: 100 GiB to train", "03_prints: roughly 3 hours"]
-    assert printed[:3] == said
-    assert main(["--profile", "smoke"]) == 0
-    assert "roughly" not in capsys.readouterr().out
-
-
 def test_an_interrupt_stops_the_running_notebook_and_tells_what_was_done(collection):
     ran, never = (str(collection / name) for name in ("pid", "never"))
     code = f"import os, pathlib, time\npathlib.Path({ran!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
     notebook(collection / "notebooks", "02_fails", code)
     notebook(collection / "notebooks", "03_prints", f"open({never!r}, 'w')")
     command = (
-        "import pathlib, sys; from lrs_utils import batch; batch.ROOT = pathlib.Path(sys.argv[1]); "
-        "sys.exit(batch.main(['--profile', 'smoke']))"
+        "import pathlib, sys; sys.path.insert(0, sys.argv[2]); import reproduce; "
+        "reproduce.ROOT = pathlib.Path(sys.argv[1]); sys.exit(reproduce.main(['--profile', 'smoke']))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", command, collection], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", command, collection, Path(batch.__file__).parent], stdout=subprocess.PIPE, text=True
+    )
     waited = time.monotonic()
     while not Path(ran).exists() or not Path(ran).read_text():
         assert time.monotonic() - waited < 120

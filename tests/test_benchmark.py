@@ -1,12 +1,6 @@
-from dataclasses import replace
-
 import pytest
 import torch
-from test_packed import seen_densely
-from torch.utils.flop_counter import FlopCounterMode
-
-from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
-from lrs_utils.benchmark import (
+from benchmark import (
     ALL,
     ALONE,
     GENERATE,
@@ -23,10 +17,14 @@ from lrs_utils.benchmark import (
     summary,
     with_searches,
 )
-from lrs_utils.packed import PRODUCT_ROWS, pack
-from lrs_utils.plots import benchmark
+from test_packed import seen_densely
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
+from lrs_utils.analysis.plots import benchmark
 from lrs_utils.progress import Progress
-from lrs_utils.search import SearchResult
+from lrs_utils.scoring.packing import PRODUCT_ROWS, pack
+from lrs_utils.searchers.engine import SearchResult
 
 
 def test_operations_are_those_that_torch_counts(tiny):
@@ -44,6 +42,7 @@ def test_operations_of_a_packed_context_are_those_of_its_tokens_and_what_they_se
     seen = int(seen_densely(packs, 1, None).sum())
     work = score_work(tiny, ALL, suite, [LayerScaling.identity(2)])
     assert work.operations == operations(tiny, len(packs[0].ids), seen, len(packs[0].judged))
+    work.run(Progress(1, "the family is tried once"))
     with FlopCounterMode(display=False) as counter:
         work.run(Progress(1, "counting"))
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -75,27 +74,21 @@ def test_every_line_is_measured_and_compared(tiny):
     assert (raw["seconds"] > 0).all()
     trie, alone = (raw.loc[raw["line"] == line, "limit"].iloc[0] for line in (GENERATION, GENERATION_ALONE))
     assert 0.6 < trie / alone < 0.9  # of six layers, four are run; answers are judged for each
-    plain = SearchResult([*generation, LayerScaling((1.3, 1.3))], [(0.0,)] * 4, [6] * 4, [0, 0, 0, 1])
-    raced = replace(plain, seen=[6, 3, 3, 6])
-    recorded = [
-        Recorded("of U", 3, 6, plain, raced, known=5, missed=1),
-        Recorded("of all", 4, 6, plain, plain, known=0, missed=0),
-    ]
+    plain = SearchResult([*generation, LayerScaling((1.3, 1.3))], [(0.0,)] * 4, [0, 0, 0, 1])
+    recorded = [Recorded("of U", 3, 6, plain), Recorded("of all", 4, 6, plain)]
     # a context: four of six layers in the first generation, both in the second
-    assert recorded[0].cost(plain) == (24, pytest.approx(1 - 6 * (4 + 2) / (24 * 2)))
-    assert recorded[0].cost(raced) == (18, pytest.approx(1 - (3 * (4 + 2) + 3 * (2 + 2)) / (18 * 2)))
-    assert "stops 2 candidates, spares 25.0% of contexts, and stops 1 that" in str(recorded[0])
+    assert recorded[0].scored == 24
+    assert recorded[0].saved == pytest.approx(1 - (4 + 2) / (4 * 2))
+    assert str(recorded[0]) == "of U: 4 candidates; layers saved by the trie 25.0%"
     table = summary(with_searches(raw, recorded)).set_index("line")
-    assert len(table) == 6 + 2 * 4
+    assert len(table) == 6 + 2 * 3
     assert (table.loc[GENERATE, ["times_faster", "slowest", "fastest"]] == 1).all()
     assert table.loc["of U: generate", "times_faster"] == 1
     assert table.loc["of U: score", "answers"] == 24 * 3
     one = raw[(raw["line"] == THREE)]["seconds"]
     assert table.loc["of U: score", "least"] == pytest.approx(24 * one.min() / (24 * 3))
     assert (table["most"] >= table["least"]).all()
-    assert {ALL, "of all: trie and racing"} <= {
-        t.get_text() for t in benchmark(table.reset_index(), 4).axes[1].get_yticklabels()
-    }
+    assert {ALL, "of all: trie"} <= {t.get_text() for t in benchmark(table.reset_index(), 4).axes[1].get_yticklabels()}
 
 
 def test_a_profile_names_the_operations_that_take_the_time(tiny):
@@ -109,7 +102,7 @@ def test_a_profile_names_the_operations_that_take_the_time(tiny):
     assert sum(shares) <= 105
 
 
-def test_a_search_is_replayed_from_its_outcomes_with_what_racing_would_spare(tiny, tmp_path):
+def test_a_search_is_replayed_from_its_outcomes(tiny, tmp_path):
     settings = {
         "n_pairs": 3, "n_contexts": 9, "seed": 3, "keys": "short", "population": 8, "first_layer": 0, "bounds": (1, 2),
         "step": 0.1, "start": 1.5, "budget": 20,
@@ -119,16 +112,14 @@ def test_a_search_is_replayed_from_its_outcomes_with_what_racing_would_spare(tin
         return [(-float(nll),) for nll in outcomes.nll.mean(axis=(1, 2))]
 
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        with pytest.raises(RuntimeError, match="the shipped outcomes know nothing of the race"):
-            recorded_search(tiny, settings, ledger, "race", minus_nll, None)
+        with pytest.raises(RuntimeError, match="the shipped outcomes know nothing of the search of nll"):
+            recorded_search(tiny, settings, ledger, "search of nll", minus_nll, None)
         genetic = GeneticSearch(
             2, bounds=(1, 2), start=1.5, population=8, parents=4, mutations=2, crossovers=2, seed=3
         )  # fmt: skip
         suite = tasks.kv_retrieval(3, 9, 3, keys="short")
         plain = search(tiny, suite, genetic, budget=20, objective=minus_nll, ledger=ledger)
-        recorded = recorded_search(tiny, settings, ledger, "race", minus_nll, None)
-    assert recorded.plain.candidates == plain.candidates
-    assert recorded.plain.recomputed == 0
-    assert recorded.raced.seen[:8] == [9] * 8
-    assert min(recorded.raced.seen) < 9
-    assert recorded.missed == 0
+        recorded = recorded_search(tiny, settings, ledger, "search of nll", minus_nll, None)
+    assert (recorded.answers, recorded.contexts) == (3, 9)
+    assert recorded.result.candidates == plain.candidates
+    assert recorded.result.recomputed == 0

@@ -13,7 +13,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from lrs_utils import GeneticSearch, LayerScaling, Ledger, load_lm, score, search, tasks
-from lrs_utils.search import mixture
+from lrs_utils.searchers.objectives import mixture
 
 SUITE = tasks.kv_retrieval(4, 6, keys="short")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from lrs_utils import LayerScaling, search
-from lrs_utils.search import mixture
-from lrs_utils.searchers import Fitness
+from lrs_utils.searchers.curves import Fitness
+from lrs_utils.searchers.objectives import mixture
 from lrs_utils.tasks import Probe, Question, Suite
 from lrs_utils.tasks.kv import syllables
 
@@ -25,6 +25,7 @@ def test_the_examples_of_a_task_and_a_searcher_work(tiny):
 
 
 def test_what_it_names_is_there():
-    for path in re.findall(r"`((?:tests|tasks)/\w+\.py)`", PAGE):
-        root = Path(__file__).parent.parent
-        assert (root / path).exists() or (root / "lrs_utils" / path).exists()
+    root = Path(__file__).parent.parent
+    named = re.findall(r"`((?:lrs_utils|tests|tools)/[\w/]+\.py)`", PAGE)
+    assert [path for path in named if not (root / path).exists()] == []
+    assert {"scaling/layers", "scoring/outcomes", "searchers/engine"} <= {path[10:-3] for path in named}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrs_utils.cream import cream, distances_seen, middle_factors, plain, pose, rand_pos
+from lrs_utils.training.positions import cream, distances_seen, middle_factors, plain, pose, rand_pos
 
 SAMPLERS = {
     "cream": cream,

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lrs_utils import LayerScaling, entropy
+from lrs_utils import LayerScaling
+from lrs_utils.analysis import attention as entropy
 
 
 @pytest.fixture

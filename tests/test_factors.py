@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lrs_utils
 from lrs_utils import HeadScaling, LayerScaling, load_factors, load_lm, save_factors
-from lrs_utils.factors import read_factors
+from lrs_utils.scaling.files import read_factors
 
 SHIPPED = Path(lrs_utils.__file__).parent / "data" / "factors"
 NAMES = sorted(f"{path.parent.name}/{path.stem}" for path in SHIPPED.glob("*/*.json"))

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from transformers import __version__ as transformers_version
 
-from lrs_utils.repository import ROOT
+from lrs_utils.notebook import ROOT
 
 _spec = importlib.util.spec_from_file_location("list_families", ROOT / "tools" / "list_families.py")
 list_families = importlib.util.module_from_spec(_spec)

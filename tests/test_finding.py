@@ -16,24 +16,19 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lrs_utils import (
-    LM,
-    HeadScaling,
-    LayerScaling,
-    Ledger,
-    Outcomes,
-    find_scaling,
-    finding,
-    free_text,
-    gradient,
-    load_factors,
-    load_lm,
-    tasks,
-)
-from lrs_utils.factors import read_factors
-from lrs_utils.found import FIFTHS
-from lrs_utils.gradient import SPACES, numbers_of
+from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, Outcomes, find_scaling, load_factors, load_lm, tasks
+from lrs_utils.finding import free_text, recipe
+from lrs_utils.finding import parts as dividing
+from lrs_utils.finding import plan as planning
+from lrs_utils.finding import stages as running
+from lrs_utils.finding.found import FIFTHS
+from lrs_utils.finding.notes import NOTES
+from lrs_utils.finding.parts import LEAST_CONTEXTS, Part, divide
+from lrs_utils.finding.stages import Run
 from lrs_utils.progress import Progress
+from lrs_utils.scaling.files import read_factors
+from lrs_utils.searchers import descent
+from lrs_utils.searchers.learned import SPACES, numbers_of
 from lrs_utils.tasks import Probe, Question, Suite
 
 # words that say where in a text they stand; thirds of it begin and end between words
@@ -45,7 +40,7 @@ SMALL = {"texts": TEXTS, "steps": 2, "contexts": (2, 2, 3), "stretches": 2}
 
 @pytest.fixture(autouse=True)
 def short_texts(monkeypatch):
-    monkeypatch.setattr(finding, "_STRETCH", {"words": 12, "judged": 6})
+    monkeypatch.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
     monkeypatch.setattr(free_text, "OPENINGS", free_text.OPENINGS[:2])
 
 
@@ -99,9 +94,9 @@ def planted(lm, n_contexts, seed):
 def helped(tiny, tmp_path_factory):
     """Found where the search led to `PLANTED`, which answers every question."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finding, "_STRETCH", {"words": 12, "judged": 6})
-        patched.setattr(finding, "_LOOPS", 1.0)
-        patched.setattr(finding._Run, "search", lambda *_: [PLANTED, LayerScaling.identity(2)])
+        patched.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
+        patched.setattr(running, "_LOOPS", 1.0)
+        patched.setattr(Run, "search", lambda *_: [PLANTED, LayerScaling.identity(2)])
         ledger = Ledger(tmp_path_factory.mktemp("helped") / "ledger.sqlite")
         options = {"contexts": (2, 12, 14), "max_perplexity_rise": 1e6, "seed": 3}
         return find_scaling(tiny, partial(planted, tiny), ledger=ledger, **(SMALL | options))
@@ -112,11 +107,11 @@ def helped(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("space", ["auto", "layers", *sorted(SPACES.keys() - {"head_gains", "both"})])  # again
 def test_every_space_is_searched_and_moves_only_its_own_numbers(tiny, find, monkeypatch, space):
-    stopped, choose = [], finding._Run.choose
-    monkeypatch.setattr(finding._Run, "choose", lambda run, stops: stopped.extend(stops) or choose(run, stops))
+    stopped, choose = [], Run.choose
+    monkeypatch.setattr(Run, "choose", lambda run, stops: stopped.extend(stops) or choose(run, stops))
     before = [module._forward_hooks | module._forward_pre_hooks for module in tiny.model.modules()]
     result = find(space=space)
-    learned = {"auto": finding.AUTO, "layers": "both"}.get(space, space)
+    learned = {"auto": recipe.AUTO, "layers": "both"}.get(space, space)
     names = {name.removeprefix("=") for name in SPACES[learned]}
     bare = numbers_of(LayerScaling.identity(2), tiny)
     assert len(stopped) == 2, "after half of the steps, and after all"
@@ -305,7 +300,7 @@ class Mortal(Ledger):
         return super().record_gradient(*args)
 
     def record_texts(self, model, scaling, *args):
-        if scaling != finding._NOTES:  # of a plan or of seconds: what stands there stays
+        if scaling != NOTES:  # of a plan or of seconds: what stands there stays
             self._survive()
         return super().record_texts(model, scaling, *args)
 
@@ -319,9 +314,9 @@ def told(found):
 
 
 def test_a_search_killed_anywhere_ends_as_an_undisturbed_one(tiny, find, tmp_path, monkeypatch):
-    search = finding._Run.search  # as it is, and one stop more, so that something is found
-    monkeypatch.setattr(finding._Run, "search", lambda run, *options: [PLANTED, *search(run, *options)])
-    monkeypatch.setattr(finding, "_LOOPS", 1.0)
+    search = Run.search  # as it is, and one stop more, so that something is found
+    monkeypatch.setattr(Run, "search", lambda run, *options: [PLANTED, *search(run, *options)])
+    monkeypatch.setattr(running, "_LOOPS", 1.0)
     options = {"task": partial(planted, tiny), "contexts": (2, 8, 3), "max_perplexity_rise": 1e6}
     undisturbed = Mortal(tmp_path / "undisturbed.sqlite")
     found = find(ledger=undisturbed, **options)
@@ -382,10 +377,10 @@ def choosing(tiny):
         task = Suite("task", tuple(Probe(f"context {n} ", questions, 5) for n in range(contexts)))
         text = Suite("text", tuple(Probe(f"stretch {n} ", (Question("", "", "a", 0),), 1) for n in range(8)))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(finding, "score", scored)
+            patched.setattr(running, "score", scored)
             patched.setattr(free_text, "continue_freely", continued)
-            parts = {"validation": finding._Data([task], text, np.array(["book", "play"] * 4))}
-            run = finding._Run(tiny, parts, None, Progress(0, ""), 0.01, 0)
+            parts = {"validation": Part([task], text, np.array(["book", "play"] * 4))}
+            run = Run(tiny, parts, None, Progress(0, ""), 0.01, 0)
             run.measure_unscaled()
             best, table = run.choose([stop(number) for number in range(n_stops)])
         return None if best.is_identity else point(best), table, asked
@@ -450,7 +445,7 @@ def test_what_breaks_a_limit_at_every_dose_is_not_chosen(choosing, measured, ver
     assert len(table) == {"perplexity rises": 1, "gain within chance": 1}.get(verdict, 10)
 
 
-@pytest.mark.parametrize("contexts", [finding._LEAST["validation"], 5, 6])  # 5: what the example file leaves
+@pytest.mark.parametrize("contexts", [LEAST_CONTEXTS, 5, 6])  # 5: what the example file leaves
 def test_contexts_that_all_gain_everything_are_a_gain(choosing, contexts):
     assert choosing(contexts=contexts)[0] == (0, 1.0)
 
@@ -477,8 +472,8 @@ def test_search_validation_and_test_share_nothing_and_the_test_is_scored_once(fi
         return entered
 
     for name in ("measure_unscaled", "search", "choose", "test"):
-        monkeypatch.setattr(finding._Run, name, entering(name, getattr(finding._Run, name)))
-    score, nll_gradient = finding.score, gradient.nll_gradient
+        monkeypatch.setattr(Run, name, entering(name, getattr(Run, name)))
+    score, nll_gradient = running.score, descent.nll_gradient
 
     def scored(lm, suite, scalings, **options):
         seen[step[0]] += [(suite.name, probe.context, scaling.key) for probe in suite.probes for scaling in scalings]
@@ -492,8 +487,9 @@ def test_search_validation_and_test_share_nothing_and_the_test_is_scored_once(fi
         return nll_gradient(lm, probe, scaling, *args, **options)
 
     text = defaultdict(list)
-    monkeypatch.setattr(finding, "score", scored)
-    monkeypatch.setattr(gradient, "nll_gradient", differentiated)
+    monkeypatch.setattr(running, "score", scored)
+    monkeypatch.setattr(planning, "score", scored)
+    monkeypatch.setattr(descent, "nll_gradient", differentiated)
     task = {"suite": KV(n_contexts=20, seed=9), "two": [KV, str(mine(20))]}[kind]
     result = find(task, steps=8, contexts=(4, 4, 5), stretches=6)
 
@@ -518,8 +514,8 @@ def test_search_validation_and_test_share_nothing_and_the_test_is_scored_once(fi
 
 
 def test_another_seed_searches_and_judges_on_other_contexts():
-    plan = finding._Plan(2, 4, 4, 4, 4)
-    first, again, other = (finding._divided([KV], TEXTS, plan, seed) for seed in (0, 0, 1))
+    n_contexts = dict.fromkeys(("search", "validation", "test"), 4)
+    first, again, other = (divide([KV], TEXTS, n_contexts, 4, seed) for seed in (0, 0, 1))
     for part in ("search", "validation", "test"):
         assert first[part].tasks == again[part].tasks
         assert first[part].text == again[part].text != other[part].text
@@ -531,7 +527,7 @@ def test_another_seed_searches_and_judges_on_other_contexts():
 @given(st.integers(12, 100), st.tuples(*[st.integers(2, 40)] * 3))
 def test_a_file_is_divided_into_parts_that_it_holds(there, wanted):
     probes = tuple(Probe(f"{n}", (Question("", "", "a", 0),), 1) for n in range(there))
-    shares = finding._shares(Suite("mine", probes), wanted)
+    shares = dividing._share_out(Suite("mine", probes), wanted)
     assert len(shares) == 3
     assert min(shares) >= 2
     assert sum(shares) == min(there, sum(wanted))
@@ -560,8 +556,8 @@ def plan(find, monkeypatch, capsys):
         def stop(_):
             raise Planned
 
-        monkeypatch.setattr(finding, "_seconds_a_token", lambda *_: seconds_a_token)
-        monkeypatch.setattr(finding._Run, "measure_unscaled", stop)
+        monkeypatch.setattr(recipe, "measure_seconds_per_token", lambda *_: seconds_a_token)
+        monkeypatch.setattr(Run, "measure_unscaled", stop)
         capsys.readouterr()
         with pytest.raises(Planned):
             find(minutes=minutes, **({"steps": 24, "contexts": (16, 8, 32)} | options))

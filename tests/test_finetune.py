@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lrs_utils import LayerScaling, load_lm
-from lrs_utils.cream import cream, plain, pose, rand_pos
-from lrs_utils.finetune import Training, stretches, tokens_on_disk, train
-from lrs_utils.models import fingerprint
+from lrs_utils.models.load import fingerprint
+from lrs_utils.training.finetune import Training, stretches, tokens_on_disk, train
+from lrs_utils.training.positions import cream, plain, pose, rand_pos
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 ABOUT = {"documents": "a fox"}
@@ -152,8 +152,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from lrs_utils import load_lm
-from lrs_utils.cream import cream
-from lrs_utils.finetune import Training, stretches, tokens_on_disk, train
+from lrs_utils.training.positions import cream
+from lrs_utils.training.finetune import Training, stretches, tokens_on_disk, train
 lm = load_lm("tiny-llama", dtype="float32", device="cpu")
 folder = Path(sys.argv[1])
 documents = stretches(tokens_on_disk(lm, ["the quick brown fox jumps over the lazy dog. " * 40], folder), 96)

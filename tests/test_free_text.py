@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, free_text, load_lm
-from lrs_utils.free_text import OPENINGS, continue_freely, distinct_trigrams, near_repeats
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm
+from lrs_utils.finding import free_text
+from lrs_utils.finding.free_text import OPENINGS, continue_freely, distinct_trigrams, near_repeats
 
 SCALING = HeadScaling(gains=[[1.3, 0.7, 1.0, 2.0], [0.9, 1.6, 0.4, 1.1]], layers=LayerScaling((1.2, 0.9), "ntk"))
 
@@ -114,8 +115,8 @@ def test_the_ledger_answers_the_second_time(tiny, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     first = continue_freely(tiny, SCALING, n_tokens=16, ledger=ledger)
     np.testing.assert_array_equal(first, continue_freely(tiny, SCALING, n_tokens=16))
-    computed, calls = free_text._continued, []
-    monkeypatch.setattr(free_text, "_continued", lambda *args: calls.append(args) or computed(*args))
+    computed, calls = free_text._generate, []
+    monkeypatch.setattr(free_text, "_generate", lambda *args: calls.append(args) or computed(*args))
     np.testing.assert_array_equal(continue_freely(tiny, SCALING, n_tokens=16, ledger=ledger), first)
     np.testing.assert_array_equal(continue_freely(tiny, SCALING, n_tokens=16, n_samples=0, ledger=ledger), first[:, :1])
     assert calls == []

@@ -10,10 +10,12 @@ import pytest
 from conftest import fitting
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, gradient, load_lm, score, search, tasks
-from lrs_utils.gradient import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, nll_gradient, numbers_of
-from lrs_utils.packed import pack
-from lrs_utils.search import mixture
+from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
+from lrs_utils.scoring.packing import pack
+from lrs_utils.searchers import descent, gradient
+from lrs_utils.searchers.gradient import nll_gradient
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of
+from lrs_utils.searchers.objectives import mixture
 
 SUITE = tasks.kv_retrieval(2, 3, keys="short")
 
@@ -82,7 +84,8 @@ def test_several_numbers_are_differentiated_at_once_as_each_alone(tiny):
     alone = [nll_gradient(tiny, SUITE.probes[0], HEADS, [name]) for name in names]
     assert together[1].shape == (10, 2)
     np.testing.assert_allclose(together[1], np.concatenate([gradient for _, gradient in alone]), rtol=1e-3, atol=1e-5)
-    assert {nll for nll, _ in alone} == {together[0]}
+    # multiplying by a gain of 1 takes another path through the kernels, which may move the last bit
+    np.testing.assert_allclose([nll for nll, _ in alone], together[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("start", [LayerScaling((1.2, 0.9), "pi", (1.3, 0.8)), HEADS], ids=["layers", "heads"])
@@ -101,13 +104,13 @@ def test_the_gradient_by_a_layers_temperature_is_the_sum_over_its_heads(lm, star
 def test_activations_that_are_kept_or_computed_twice_give_the_same(lm, monkeypatch, numbers):
     calls = []
     twice = gradient._computed_twice
-    monkeypatch.setattr(gradient, "_computed_twice", lambda *args: calls.append(args[0]) or twice(*args))
+    monkeypatch.setattr(gradient, "_computed_twice", lambda *args: calls.append(args[0].__name__) or twice(*args))
     start = fitting(lm, HEADS)
     kept = nll_gradient(lm, SUITE.probes[0], start, numbers)
-    assert gradient._layer_over not in calls
+    assert "run_with" not in calls
     monkeypatch.setattr(gradient, "_KEPT_BYTES", 0)
     computed = nll_gradient(lm, SUITE.probes[0], start, numbers)
-    assert calls.count(gradient._layer_over) == 2
+    assert calls.count("run_with") == 2
     assert computed[0] == kept[0]
     np.testing.assert_allclose(computed[1], kept[1], rtol=1e-4, atol=1e-6)
 
@@ -165,7 +168,7 @@ def test_what_has_no_gradient_is_refused(tiny):
 def test_a_factor_does_not_fall_until_a_context_no_longer_fits(tiny, monkeypatch, start):
     suite = tasks.kv_retrieval(12, 3, keys="short")
     low = 1.1 * max(pack(tiny, probe, "").longest for probe in suite.probes) / tiny.window
-    monkeypatch.setattr(gradient, "nll_gradient", lambda *_, **__: (1.0, np.ones((2, 2))))  # down, always
+    monkeypatch.setattr(descent, "nll_gradient", lambda *_, **__: (1.0, np.ones((2, 2))))  # down, always
     searcher = GradientSearch(tiny, suite, start=start, steps=4, every=2, rate=3.0)
     result = search(tiny, suite, searcher, budget=3, objective=mixture(1))
     assert result.candidates[-1].factors == pytest.approx((low, low), abs=1e-4)
@@ -253,7 +256,7 @@ def test_a_step_asks_some_questions_spread_over_depth(tiny, monkeypatch):
         asked.append(probe)
         return 1.0, np.zeros((4, 2))
 
-    monkeypatch.setattr(gradient, "nll_gradient", noted)
+    monkeypatch.setattr(descent, "nll_gradient", noted)
     searcher = GradientSearch(tiny, [suite, few], vary="head_gains", steps=30, every=30, questions=3)
     searcher.ask(), searcher.ask()
     positions = [[q.position for q in probe.questions] for probe in asked[::2]]
@@ -270,7 +273,7 @@ def test_a_step_asks_some_questions_spread_over_depth(tiny, monkeypatch):
 
 def test_a_search_of_heads_that_was_interrupted_goes_on_from_the_ledger(tmp_path, monkeypatch):
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
-    calls, computed = [], gradient.nll_gradient
+    calls, computed = [], descent.nll_gradient
     nll_gradient(lm, SUITE.probes[0], HEADS)  # a new model is tried first
     lm.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
 
@@ -292,7 +295,7 @@ def test_a_search_of_heads_that_was_interrupted_goes_on_from_the_ledger(tmp_path
             raise KeyboardInterrupt
         return computed(*args, **kwargs)
 
-    monkeypatch.setattr(gradient, "nll_gradient", killed)
+    monkeypatch.setattr(descent, "nll_gradient", killed)
     with pytest.raises(KeyboardInterrupt):
         ended(ledger)
     calls.clear()
@@ -359,7 +362,7 @@ def test_a_family_that_rotates_a_part_is_refused_temperatures_by_name():
 KILLED = """
 import sys
 from lrs_utils import GradientSearch, Ledger, load_lm, search, tasks
-from lrs_utils.search import mixture
+from lrs_utils.searchers.objectives import mixture
 lm = load_lm("tiny-llama", dtype="float32", device="cpu")
 suite = tasks.kv_retrieval(6, 5, keys="short")
 ledger = Ledger(sys.argv[1])
@@ -391,7 +394,7 @@ def test_a_killed_gradient_search_ends_as_an_undisturbed_one(tmp_path):
 
 
 def test_gradients_ship_with_outcomes(tiny, tmp_path):
-    from lrs_utils.gradient import gradient_key
+    from lrs_utils.searchers.gradient import gradient_key
 
     ledger = Ledger(tmp_path / "ledger.sqlite")
     searcher, result = descended(tiny, ledger)

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import HeadScaling, LayerScaling, load_lm, models, score, tasks
-from lrs_utils.heads import _times_heads
-from lrs_utils.scaling import UNSCALED
+from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
+from lrs_utils.models.tiny import TINY
+from lrs_utils.scaling.base import UNSCALED
+from lrs_utils.scaling.products import _times_heads
 
-FAMILIES = [name.removeprefix("tiny-") for name in models._TINY]
+FAMILIES = [name.removeprefix("tiny-") for name in TINY]
 ONES = np.ones((2, 4))
 TEMPERATURES = [[0.6, 1.0, 1.7, 1.2], [1.4, 0.8, 1.0, 0.5]]
 GAINS = [[1.3, 0.7, 1.0, 2.0], [0.9, 1.6, 0.4, 1.1]]

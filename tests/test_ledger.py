@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lrs_utils.ledger import Ledger, LedgerError
+from lrs_utils.scoring import ledger_tables
+from lrs_utils.scoring.ledger import Ledger
+from lrs_utils.scoring.ledger_tables import LedgerError
 
 KEYS = ["q0", "q1", "q2"]
 EXACT, NLL = np.array([True, False, True]), np.array([0.1, 1.25, 2.0], np.float32).astype(float)
@@ -45,7 +47,7 @@ def test_a_context_is_written_whole_or_not_at_all(ledger):
 def test_two_processes_write_at_once(tmp_path):
     path = tmp_path / "ledger.sqlite"
     code = (
-        "import sys, numpy as np; from lrs_utils.ledger import Ledger; me = sys.argv[2]\n"
+        "import sys, numpy as np; from lrs_utils.scoring.ledger import Ledger; me = sys.argv[2]\n"
         "ledger = Ledger(sys.argv[1])\n"
         "for i in range(200): ledger.record('m', me, [f'q{i}'], np.array([True]), np.array([float(i)]))"
     )
@@ -278,7 +280,7 @@ def test_misuse_is_not_called_damage(ledger):
 
 def test_without_a_write_ahead_log_every_write_waits_for_the_disk_and_a_line_says_so(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "_use_write_ahead_log", lambda ledger: "delete")
+        patched.setattr(ledger_tables, "_use_write_ahead_log", lambda database: "delete")
         ledger = Ledger(tmp_path / "l.sqlite")
     assert "l.sqlite: no write-ahead log here (journal mode delete)" in capsys.readouterr().err
     assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
-from lrs_utils import LayerScaling, files, score
-from lrs_utils.files import cache_folder
-from lrs_utils.perplexity import window_nll
+from lrs_utils import LayerScaling, score
+from lrs_utils.models import download as files
+from lrs_utils.models.download import cache_folder
+from lrs_utils.scoring.perplexity import window_nll
 from lrs_utils.tasks import continuations, long_texts
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from lrs_utils.tasks import capitals, mdqa, mdqa_gold_moved
 from lrs_utils.tasks.judging import best_subspan_em
-from lrs_utils.tasks.mdqa import Document, Item, mdqa_probe
+from lrs_utils.tasks.mdqa import mdqa_probe
+from lrs_utils.tasks.passages import Document, Item
 
 OFFICIAL = Path(__file__).parent.parent.parent / "shared" / "data" / "lost-in-the-middle"
 ITEMS = {"factbook": 900, "oracle": 2600}

@@ -3,11 +3,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lrs_utils.metrics import (
+from lrs_utils.analysis.statistics import (
     UTILISATION_WEIGHTS,
     bootstrap_mean,
     by_fifth,
-    chance_of_catching_up,
     first_middle_last,
     holm,
     mean_over_questions,
@@ -155,38 +154,6 @@ def test_utilisation_spread_over_depths_weighs_the_end_three_times_the_begin():
     np.testing.assert_allclose(three, utilisation(exact[..., [0, 2, 4]], [0, 0.5, 1]))
     with pytest.raises(ValueError, match="U needs 0 < first"):
         utilisation_over_depths(exact, np.linspace(0, 1, 5), (3, 2, 1))
-
-
-def ending_equal(kind, n, rows, rng):
-    """Differences that end exactly at 0: the hardest to tell from worse."""
-    if kind == "dense":
-        differences = rng.normal(size=(rows, n))
-        return differences - differences.mean(axis=1, keepdims=True)
-    if kind == "steps of U":
-        differences = rng.integers(-3, 4, size=(20 * rows, n)) / 6
-        return differences[np.abs(differences.sum(axis=1)) < 1e-9]
-    changed = np.zeros(n)
-    changed[: len(kind)] = kind
-    return rng.permuted(np.tile(changed, (rows, 1)), axis=1)
-
-
-@pytest.mark.parametrize("n", [8, 16, 40])
-@pytest.mark.parametrize("kind", ["dense", "steps of U", [1, -1], [1, 1, -1, -1], [1, 1, 1, -1, -1, -1], [3, -2, -1]])
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.2])
-def test_the_chance_of_catching_up_errs_no_more_often_than_stated(n, kind, rate):
-    differences = ending_equal(kind, n, 5000, np.random.default_rng(0))
-    looks = (n // 2, n * 3 // 4)
-    p = np.array([chance_of_catching_up(differences[:, :seen], n) for seen in looks])
-    assert len(differences) > 300
-    assert (p < rate / 2).any(axis=0).mean() <= rate
-
-
-def test_the_chance_of_catching_up_sees_what_is_clearly_worse():
-    worse = np.random.default_rng(0).integers(-3, 4, size=(2000, 16)) / 6 - 0.5
-    assert (chance_of_catching_up(worse[:, :8], 16) < 0.05).mean() > 0.5
-    np.testing.assert_array_equal(chance_of_catching_up([[0, 0, 0]], 5), [1])
-    with pytest.raises(ValueError, match="5 of 5 contexts are seen"):
-        chance_of_catching_up(np.zeros(5), 5)
 
 
 def test_rank_correlation_is_spearmans_with_an_interval_that_covers_it():

@@ -12,18 +12,22 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import LayerScaling, Ledger, files, load_lm, models, score, tasks
-from lrs_utils.repository import ROOT
-from lrs_utils.scoring import Kept
+from lrs_utils import LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.models import download as files
+from lrs_utils.models import embedded
+from lrs_utils.models import load as models
+from lrs_utils.models.tiny import TINY, build_tiny
+from lrs_utils.notebook import ROOT
+from lrs_utils.scoring.trie import Shared
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
-    return models.cache_folder()
+    return files.cache_folder()
 
 
-@pytest.mark.parametrize("name", sorted(models._TINY))
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_tiny_models_are_deterministic_two_layer_models(name):
     a, b = (load_lm(name, dtype="float32", device="cpu") for _ in range(2))
     assert a.num_layers == 2
@@ -34,7 +38,7 @@ def test_tiny_models_are_deterministic_two_layer_models(name):
 
 
 def test_fingerprints_tell_models_and_precisions_and_single_weights_apart():
-    names = sorted(models._TINY)
+    names = sorted(TINY)
     prints = [load_lm(name, dtype="float32", device="cpu").fingerprint for name in names]
     prints.append(load_lm("tiny-llama", dtype="bfloat16", device="cpu").fingerprint)
     lm = load_lm("tiny-llama", dtype="float32", device="cpu")
@@ -125,10 +129,10 @@ def test_a_fingerprint_is_of_the_model_as_it_is_now(tiny):
 
 def test_an_edited_model_reads_no_outcome_of_before(tmp_path):
     lm, ledger = load_lm("tiny-llama", dtype="float32", device="cpu"), Ledger(tmp_path / "l.sqlite")
-    suite, kept = tasks.kv_retrieval(3, 1, keys="short"), Kept()
-    before = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, kept=kept).nll
+    suite, kept = tasks.kv_retrieval(3, 1, keys="short"), Shared()
+    before = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, shared=kept).nll
     lm.model.model.layers[0].mlp.up_proj.weight.data *= 1.1
-    after = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, kept=kept)
+    after = score(lm, suite, [LayerScaling((1.0, 1.2))], ledger=ledger, shared=kept)
     assert after.recomputed == 3
     np.testing.assert_array_equal(after.nll, score(lm, suite, [LayerScaling((1.0, 1.2))]).nll)
     assert (before != after.nll).all()
@@ -197,7 +201,7 @@ def test_without_network_the_missing_file_and_the_mend_are_named(empty_cache, mo
 
 
 def test_a_file_with_the_wrong_hash_is_refused_and_kept(empty_cache):
-    given = empty_cache / models._GGUF
+    given = empty_cache / embedded._GGUF
     given.write_bytes(b"not the model")
     with pytest.raises(ValueError, match=hashlib.sha256(b"not the model").hexdigest()):
         load_lm()
@@ -280,7 +284,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny, tmp_path):
 def test_a_model_without_weights_is_refused(tiny):
     with pytest.raises(ValueError, match="device is 'meta', where a model has no weights"):
         load_lm("tiny-llama", device="meta")
-    empty = models.outline("tiny-llama")
+    with torch.device("meta"):
+        empty = build_tiny("tiny-llama", torch.float32)
     with (
         pytest.raises(ValueError, match="LlamaForCausalLM can't be used here: its weights are on the meta device"),
         LayerScaling((1.2, 1.0)).applied_to(empty),
@@ -306,5 +311,5 @@ def test_small_buffers_have_a_fingerprint(tiny):
 
 def test_a_folder_by_the_name_of_the_embedded_model_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / models.EMBEDDED).mkdir()
-    assert models._gguf_of(models.EMBEDDED) is None
+    (tmp_path / embedded.EMBEDDED).mkdir()
+    assert models._gguf_of(embedded.EMBEDDED) is None

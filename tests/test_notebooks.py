@@ -9,10 +9,10 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from readme import address, colab_cell
+from reproduce import printed_summary
 
-from lrs_utils.files import cache_folder
-from lrs_utils.readme import address, colab_cell
-from lrs_utils.reproduce import printed_summary
+from lrs_utils.models.download import cache_folder
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lrs_utils import tasks
-from lrs_utils.packed import _BLOCK_ROWS, Layout, _attend_packed, laid_out, pack
+from lrs_utils.scoring.packing import _BLOCK_ROWS, Layout, _attend_packed, laid_out, pack
 
 
 def seen_densely(packs, copies, window):

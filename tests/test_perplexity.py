@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lrs_utils import LayerScaling, load_lm, tasks
-from lrs_utils.perplexity import window_nll
+from lrs_utils.scoring.perplexity import window_nll
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(500))
 

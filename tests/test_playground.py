@@ -3,15 +3,20 @@ import shutil
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from compare_predictions import leave_one_out, take_mean, take_nearest
 from scipy.interpolate import RBFInterpolator
 
-from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, models, score, tasks
-from lrs_utils.playground import Playground, Surrogate, _curves, show
+from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
+from lrs_utils.models.tiny import TINY
+from lrs_utils.playground.playground import Playground
+from lrs_utils.playground.prediction import Surrogate
+from lrs_utils.playground.widget import list_accuracies, show
 
-SCRIPT = models.Path(__file__).parent.parent / "lrs_utils" / "playground.js"
+SCRIPT = Path(__file__).parent.parent / "lrs_utils" / "playground" / "widget.js"
 CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 
 
@@ -19,7 +24,7 @@ CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 def deep():
     """Eight tiny layers: four control points need room."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._TINY, "tiny-deep", ("llama", {"num_hidden_layers": 8}))
+        patch.setitem(TINY, "tiny-deep", ("llama", {"num_hidden_layers": 8}))
         return load_lm("tiny-deep", dtype="float32", device="cpu")
 
 
@@ -52,9 +57,9 @@ def test_a_point_snaps_to_the_grid_and_stays_between_its_neighbours_and_in_bound
     assert all(a < b for a, b in zip(play.curve.layers, play.curve.layers[1:], strict=False))
 
 
-def test_a_released_drag_is_measured_context_by_context_into_the_ledger(play, deep):
+def test_a_released_drag_is_measured_context_by_context_into_the_ledger(play, deep, tmp_path):
     seen = []
-    play.subscribe(lambda moved: seen.append(len(known.exact) if (known := play.known().get(play.scaling.key)) else 0))
+    play.subscribe(lambda moved: seen.append(len(now.exact) if (now := play.measured.get(play.scaling.key)) else 0))
     play.drag(True)
     play.use(CURVE)
     time.sleep(0.5)
@@ -62,11 +67,11 @@ def test_a_released_drag_is_measured_context_by_context_into_the_ledger(play, de
     play.drag(False)
     play.wait()
     assert set(range(1, 6)) <= set(seen)
-    with Ledger(play._ledger) as ledger:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
         direct = score(deep, play.suite, [play.scaling, play.unscaled], ledger=ledger)
     assert direct.recomputed == 0
-    for known, exact in zip((play.scaling, play.unscaled), direct.exact, strict=True):
-        np.testing.assert_array_equal([play.measured[known.key].exact[p] for p in range(5)], exact)
+    for scaling, exact in zip((play.scaling, play.unscaled), direct.exact, strict=True):
+        np.testing.assert_array_equal([play.measured[scaling.key].exact[p] for p in range(5)], exact)
     assert "measured on 5 of 5 contexts" in play.status
 
 
@@ -75,7 +80,7 @@ def test_a_new_change_cancels_the_running_measurement_at_the_next_layer(play, de
     try:
         play.use(CURVE)
         time.sleep(0.35)  # settled, and inside the first context
-        first = play._running.thread
+        first = play._measurer._measurement.thread
         began = time.monotonic()
         play.move(0, 0, 0.9)
         first.join()
@@ -110,7 +115,7 @@ def test_stop_frees_the_model_and_keeps_what_was_measured(play, deep):
     time.sleep(0.8)
     play.stop()
     handle.remove()
-    assert not play._running.thread.is_alive()
+    assert not play._measurer._measurement.thread.is_alive()
     assert "stopped" in play.status
     assert deep.model.config._attn_implementation != "lrs_packed"
     assert not any(layer._forward_pre_hooks for layer in deep.model.model.layers)
@@ -139,11 +144,11 @@ def test_what_the_ledger_knows_is_there_at_once_and_feeds_the_prediction(deep, t
         score(deep, suite, scalings, ledger=ledger)
     play = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 5, ledger=tmp_path / "ledger.sqlite")
     assert len(play.measured) == 12
-    assert play.best.mean == max(known.mean for known in play.measured.values())
+    assert play.best.mean == max(measured.mean for measured in play.measured.values())
     predicted = play.prediction()
     assert predicted.shape == (4,)
     assert ((predicted >= 0) & (predicted <= 1)).all()
-    assert {curve["kind"] for curve in _curves(play)} == {"best", "prediction"}
+    assert {curve["kind"] for curve in list_accuracies(play)} == {"best", "prediction"}
     play.set_size(3, 2)
     assert play.measured == {}
     assert play.prediction() is None
@@ -167,6 +172,14 @@ def test_leave_one_out_error_is_that_of_leaving_one_out():
     assert fitted.error < 0.8 * fitted.error_of_mean
     alone = [accuracy[i] - np.delete(accuracy, i, axis=0).mean(axis=0) for i in range(25)]
     assert fitted.error_of_mean == pytest.approx(np.sqrt(np.mean(np.square(alone))))
+
+
+def test_rivals_of_the_surrogate_are_judged_without_the_one_left_out():
+    factors, accuracy = np.array([[1.0], [1.1], [1.3]]), np.array([[0.0, 0.5], [0.4, 0.5], [1.0, 0.2]])
+    np.testing.assert_allclose(leave_one_out(take_nearest, factors, accuracy), [[0.4, 0], [-0.4, 0], [-0.6, 0.3]])
+    error = leave_one_out(take_mean, factors, accuracy)
+    np.testing.assert_allclose(error[0], [0.7, -0.15])
+    assert np.sqrt(np.mean(error**2)) == pytest.approx(Surrogate(factors, accuracy).error_of_mean)
 
 
 def test_saved_factors_are_those_shown(play, tmp_path):
@@ -239,8 +252,8 @@ def test_the_browser_samples_curves_as_python_does(tmp_path):
         curves.append(list(zip(layers, np.round(chance.integers(14, 25, 4) * 0.05, 2).tolist(), strict=True)))
     config = {"layers": 30, "first": 2, "step": 0.05, "low": 0.7, "high": 1.2}
     program = f"""
-        import {{ factors }} from {json.dumps(SCRIPT.as_uri())};
-        console.log(JSON.stringify({json.dumps(curves)}.map((points) => factors(points, {json.dumps(config)}))));
+        import {{ sampleFactors }} from {json.dumps(SCRIPT.as_uri())};
+        console.log(JSON.stringify({json.dumps(curves)}.map((points) => sampleFactors(points, {json.dumps(config)}))));
     """
     (tmp_path / "program.mjs").write_text(program)
     shutil.copy(SCRIPT, tmp_path / "playground.mjs")
@@ -260,7 +273,7 @@ def test_stop_waits_for_a_measurement_that_was_cancelled_before(play, deep):
     handle = slowed(deep, 0.5)
     play.use(CURVE)
     time.sleep(0.4)  # inside the first context
-    older = play._running.thread
+    older = play._measurer._measurement.thread
     play.move(0, 0, 0.9)
     play.stop()
     in_the_model = deep.model.config._attn_implementation == "lrs_packed"
@@ -290,7 +303,7 @@ def test_another_size_forgets_what_is_of_the_former_contexts(play, deep):
     play.set_size(6, 3)
     handle.remove()
     time.sleep(0.5)
-    assert all(row.shape == (6,) for known in play.measured.values() for row in known.exact.values())
+    assert all(row.shape == (6,) for measured in play.measured.values() for row in measured.exact.values())
     assert "not measured yet" in play.status
     play.measure()
     play.wait()

@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lrs_utils import LayerScaling, plots
-from lrs_utils.search import SearchResult
+from lrs_utils import LayerScaling
+from lrs_utils.analysis import plots
+from lrs_utils.searchers.engine import SearchResult
 
 
 @pytest.fixture(autouse=True)

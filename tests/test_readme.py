@@ -3,8 +3,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
-from lrs_utils import readme
+import readme
 
 ROOT = Path(__file__).parent.parent
 
@@ -12,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_readmes_show_what_results_and_notebooks_say():
     texts = [path.read_text() for path in readme.READMES]
     assert set(re.findall(r"<!-- table (\w+) -->", "".join(texts))) == set(readme.TABLES)
-    assert [readme.filled(text) for text in texts] == texts, "run `python -m lrs_utils.readme`"
+    assert [readme.filled(text) for text in texts] == texts, "run `python tools/readme.py`"
 
 
 def test_the_map_links_every_notebook_and_a_figure_that_is_there():
@@ -38,7 +37,7 @@ def test_notebooks_are_stamped_with_the_address_that_pyproject_names():
         notebook = nbformat.read(path, as_version=4)
         before = [cell.source for cell in notebook.cells]
         readme.stamp(notebook, path.name, *readme.address())
-        assert [cell.source for cell in notebook.cells] == before, "run `python -m lrs_utils.readme`"
+        assert [cell.source for cell in notebook.cells] == before, "run `python tools/readme.py`"
         assert notebook.cells[1].metadata["tags"] == ["colab"]
 
 

@@ -7,9 +7,10 @@ from typing import Optional
 import nbformat
 import pandas as pd
 import pytest
+from reproduce import printed_summary
 
 from lrs_utils import Ledger
-from lrs_utils.reproduce import ROOT, begin, printed_summary, revision, versions
+from lrs_utils.notebook import ROOT, begin, revision, versions
 
 
 def namespace(**changes):
@@ -82,7 +83,7 @@ def test_a_notebook_may_be_run_again_in_the_same_kernel():
 def in_tmp(tmp_path, monkeypatch):
     """Runs whose repository and cache are elsewhere."""
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
+    monkeypatch.setattr("lrs_utils.notebook.ROOT", tmp_path)
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -161,7 +162,7 @@ def test_shipped_outcomes_are_found_like_measured_ones(tmp_path, monkeypatch):
     import numpy as np
 
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
+    monkeypatch.setattr("lrs_utils.notebook.ROOT", tmp_path)
     profiles = tmp_path / "notebooks" / "profiles"
     profiles.mkdir(parents=True)
     (profiles / "cpu.yaml").write_text("profile: cpu\n")
@@ -177,7 +178,7 @@ def test_shipped_outcomes_are_found_like_measured_ones(tmp_path, monkeypatch):
 
 
 def test_code_differs_from_its_commit_by_code_and_not_by_the_factors_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
+    monkeypatch.setattr("lrs_utils.notebook.ROOT", tmp_path)
     assert revision() == "unknown"
     code, found = tmp_path / "lrs_utils" / "a.py", tmp_path / "lrs_utils" / "data" / "factors" / "m" / "ga.json"
     found.parent.mkdir(parents=True)
@@ -195,7 +196,7 @@ def test_code_differs_from_its_commit_by_code_and_not_by_the_factors_found(tmp_p
 
 
 def test_what_is_no_clone_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("lrs_utils.reproduce.ROOT", tmp_path)
+    monkeypatch.setattr("lrs_utils.notebook.ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match="has no notebooks/profiles: notebooks and tools run from a clone"):
         begin("x", namespace())
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrs_utils import rope
+from lrs_utils.scaling import rope
 
 DISTANCES = [0, 16, 64, 256, 512, 1024, 2048, 4096]
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
-from lrs_utils.scaling import PositionTables, Setting
+from lrs_utils.scaling.base import Setting
+from lrs_utils.scaling.tables import PositionTables
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, scoring, tasks
-from lrs_utils.packed import _BLOCK_ROWS, pack
-from lrs_utils.scoring import Kept, context_tokens, generate_answers
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.scoring import answers as free_answers
+from lrs_utils.scoring.answers import generate_answers
+from lrs_utils.scoring.packing import _BLOCK_ROWS, pack
+from lrs_utils.scoring.trie import Shared
+from lrs_utils.scoring.window import context_tokens
 from lrs_utils.tasks import Probe, Question, Suite
 from lrs_utils.tasks.judging import holds_value, judged
 
@@ -190,12 +193,12 @@ def test_a_context_that_fits_no_memory_says_so():
 def test_unscaled_first_layers_are_kept_for_later_calls(tiny):
     suite = tasks.kv_retrieval(3, 2, keys="short")
     first_kept, scaled = LayerScaling((1.0, 1.3)), LayerScaling((1.3, 1.0))
-    kept = Kept()
-    assert score(tiny, suite, [first_kept], kept=kept).layers_run == 4
-    later = score(tiny, suite, [LayerScaling((1.0, 1.2))], kept=kept)
+    kept = Shared()
+    assert score(tiny, suite, [first_kept], shared=kept).layers_run == 4
+    later = score(tiny, suite, [LayerScaling((1.0, 1.2))], shared=kept)
     assert later.layers_run == 2  # the second layer of two contexts
     np.testing.assert_array_equal(later.nll, score(tiny, suite, [LayerScaling((1.0, 1.2))]).nll)
-    both = score(tiny, suite, [scaled, first_kept], kept=kept)
+    both = score(tiny, suite, [scaled, first_kept], shared=kept)
     np.testing.assert_array_equal(both.nll, score(tiny, suite, [scaled, first_kept]).nll)
 
 
@@ -204,9 +207,9 @@ def test_what_is_kept_stays_within_its_limit(tiny):
     one = score(tiny, Suite("one", suite.probes[:1]), [SCALINGS[2]])
     assert one.layers_run == 2
     hidden = len(pack(tiny, suite.probes[0], "").ids) * tiny.model.config.hidden_size * 4
-    kept = Kept(max_bytes=hidden + 100)  # of one context
+    kept = Shared(max_bytes=hidden + 100)  # of one context
     for layers_run in (6, 5, 5):
-        assert score(tiny, suite, [LayerScaling((1.0, 1.2))], kept=kept, batch_tokens=1).layers_run == layers_run
+        assert score(tiny, suite, [LayerScaling((1.0, 1.2))], shared=kept, batch_tokens=1).layers_run == layers_run
 
 
 def test_the_model_is_left_as_it_was(tiny):
@@ -347,13 +350,13 @@ def test_free_answers_end_where_the_models_config_says(tiny, monkeypatch):
 def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm2, tmp_path, monkeypatch):
     suite, scaling = tasks.kv_retrieval(5, 2, seed=5, keys="short"), SCALINGS[30]
     answers = generate_answers(smollm2, suite, scaling, max_new_tokens=8)
-    monkeypatch.setattr(scoring, "_CACHED_BYTES", 400 * 256)  # two questions at once, at 256 bytes a token
+    monkeypatch.setattr(free_answers, "_CACHED_BYTES", 400 * 256)  # two questions at once, at 256 bytes a token
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8) == answers
     ledger = Ledger(tmp_path / "l.sqlite")
     part = replace(suite, probes=(replace(suite.probes[0], questions=suite.probes[0].questions[1:3]),))
     assert generate_answers(smollm2, part, scaling, max_new_tokens=8, ledger=ledger) == [answers[0][1:3]]
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
-    monkeypatch.setattr(scoring, "_decoded_together", None)
+    monkeypatch.setattr(free_answers, "_decoded_together", None)
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
 
 

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from lrs_utils import GeneticSearch, LayerScaling, Ledger, scoring, search, tasks
-from lrs_utils.models import LM
-from lrs_utils.scoring import Outcomes
-from lrs_utils.search import (
-    accuracy_then_nll,
+from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
+from lrs_utils.models.load import LM
+from lrs_utils.scoring import outcomes as scoring
+from lrs_utils.scoring.outcomes import Outcomes
+from lrs_utils.searchers.objectives import (
     mixture,
     utilisation_over_depths_then_nll,
     utilisation_then_nll,
-    worst_depth_then_nll,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -143,9 +142,6 @@ def test_objectives_of_contexts_that_ask_at_the_same_depths_are_means_to_the_las
     exact, nll = rng.random((50, 16, 7)) < 0.4, rng.random((50, 16, 7)) * 3
     outcomes = outcomes_of(exact, nll, np.arange(7) / 6)
     of_nll = (-nll.mean(axis=(1, 2))).tolist()
-    accuracy, worst = exact.mean(axis=(1, 2)).tolist(), exact.mean(axis=1).min(axis=1).tolist()
-    assert accuracy_then_nll(outcomes) == list(zip(accuracy, of_nll, strict=True))
-    assert worst_depth_then_nll(outcomes) == list(zip(worst, of_nll, strict=True))
     assert [second for _, second in utilisation_then_nll(outcomes)] == of_nll
     assert mixture(1)(outcomes) == [(value,) for value in of_nll]
     two = -(1 * nll.mean(axis=(1, 2)) + 0.3 * nll.mean(axis=(1, 2)))
@@ -159,9 +155,7 @@ def test_objectives_of_contexts_that_ask_differently_are_means_of_contexts_means
         [[[1, 2, 6], [5, nan, nan]], [[0, 1, 2], [3, nan, nan]]],
         [[0, 0.5, 1], [0.1, nan, nan]],
     )
-    # by hand: mean nll (3 + 5) / 2 and (1 + 3) / 2; the first candidate is wrong on all that is asked near 0.5
-    assert accuracy_then_nll(outcomes) == [(pytest.approx(1 / 3), -4), (1, -2)]
-    assert worst_depth_then_nll(outcomes) == [(0, -4), (1, -2)]
+    # by hand: mean nll (3 + 5) / 2 and (1 + 3) / 2
     assert mixture(0.5)(outcomes) == [(-2,), (-1,)]
     for objective in (utilisation_then_nll, utilisation_over_depths_then_nll):
         with pytest.raises(ValueError, match="U needs contexts that all ask at the same depths"):
@@ -184,75 +178,6 @@ def test_the_budget_cuts_the_last_generation_and_the_ledger_makes_a_second_run_f
     assert first.best_so_far[-1] == max(first.fitness)[0]
     with pytest.raises(ValueError, match="budget is 0"):
         search(tiny, suite, GeneticSearch(2, population=6, parents=4), budget=0)
-
-
-def minus_nll(outcomes):
-    """Smooth, and a mean over contexts: even a random model gives a race something to see."""
-    return [(-float(nll),) for nll in outcomes.nll.mean(axis=(1, 2))]
-
-
-def raced(tiny, racing, ledger=None):
-    genetic = GeneticSearch(2, population=8, parents=4, mutations=4, crossovers=4, seed=3)
-    suite = tasks.kv_retrieval(3, 9, keys="short")
-    return search(tiny, suite, genetic, budget=28, objective=minus_nll, racing=racing, ledger=ledger)
-
-
-def test_racing_spares_contexts_and_stops_only_what_would_not_have_been_kept(tiny, tmp_path):
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    plain, racing = raced(tiny, None, ledger), raced(tiny, 0.1)
-    assert plain.seen == [9] * 28
-    assert set(racing.seen) > {9}
-    for seen, fitness, generation in zip(racing.seen, racing.fitness, racing.generation, strict=True):
-        assert (seen < 9) == (fitness == (-np.inf,))
-        assert seen == 9 or (generation > 0 and seen in (4, 6))  # the first generation has nobody to beat
-    assert racing.recomputed == 3 * sum(racing.seen)
-    # nobody stopped here belonged among the parents, so everything else is as without racing
-    assert racing.candidates == plain.candidates
-    assert racing.best == plain.best
-    again = raced(tiny, 0.1, ledger)
-    assert (again.recomputed, again.fitness) == (0, racing.fitness)
-
-
-def test_racing_at_no_risk_is_the_plain_search(tiny):
-    plain, racing = raced(tiny, None), raced(tiny, 1e-15)
-    assert (racing.candidates, racing.fitness, racing.seen) == (plain.candidates, plain.fitness, plain.seen)
-
-
-def test_a_searcher_that_was_told_before_can_race(tiny):
-    suite = tasks.kv_retrieval(3, 8, keys="short")
-    genetic = GeneticSearch(2, population=4, parents=2, mutations=2, crossovers=2)
-    search(tiny, suite, genetic, budget=4, objective=minus_nll)
-    more = search(tiny, suite, genetic, budget=4, objective=minus_nll, racing=0.1)
-    assert len(more.candidates) == 4
-
-
-def test_a_race_that_can_not_be_run_is_refused(tiny):
-    suite, genetic = tasks.kv_retrieval(3, 3, keys="short"), GeneticSearch(2, population=4, parents=2)
-    with pytest.raises(ValueError, match=r"racing is 1\.5"):
-        search(tiny, suite, genetic, budget=4, racing=1.5)
-    with pytest.raises(ValueError, match="kv-short-3 has 3 contexts; racing needs at least 4"):
-        search(tiny, suite, genetic, budget=4, racing=0.1)
-
-    def worst_context(outcomes):
-        return [(-float(nll),) for nll in outcomes.nll.mean(axis=2).max(axis=1)]
-
-    with pytest.raises(ValueError, match="no mean over contexts"):
-        search(tiny, tasks.kv_retrieval(3, 4, keys="short"), genetic, budget=4, racing=0.1, objective=worst_context)
-
-    class Lone:
-        ask = tell = None
-
-    with pytest.raises(ValueError, match="Lone has no rival"):
-        search(tiny, suite, Lone(), budget=4, racing=0.1)
-
-
-def test_the_rival_is_the_weakest_parent_once_there_is_no_room():
-    genetic = GeneticSearch(8, population=6, parents=4, mutations=2, crossovers=2)
-    candidates = genetic.ask()
-    genetic.tell(candidates[:3], [(1.0,), (2.0,), (3.0,)])
-    assert genetic.rival is None
-    genetic.tell(candidates[3:], [(4.0,), (5.0,), (0.0,)])
-    assert genetic.rival == candidates[1]
 
 
 def test_layers_are_shared_across_the_whole_search(tiny):
@@ -322,7 +247,7 @@ def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
         30, first_layer=settings["first_layer"], bounds=settings["bounds"], step=settings["step"],
         start=settings["start"], population=2 * half, parents=half, mutations=half // 2, crossovers=half - half // 2,
     )  # fmt: skip
-    monkeypatch.setattr(scoring, "_Walk", None)  # no model is run
+    monkeypatch.setattr(scoring, "TrieWalk", None)  # no model is run
     suite = tasks.kv_retrieval(n, settings["n_contexts"], seed=settings["seed"], positions=positions)
     objective = utilisation_over_depths_then_nll if over_depths else utilisation_then_nll
     result = search(smollm2, suite, genetic, budget=settings["budget"], ledger=ledger, objective=objective)

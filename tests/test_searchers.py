@@ -12,7 +12,7 @@ from lrs_utils import (
     search,
     tasks,
 )
-from lrs_utils.searchers import Points, Space
+from lrs_utils.searchers.curves import Points, Space
 
 BOUNDS = {"bounds": (0.7, 1.3), "start": 1.0, "step": 0.05}
 SMALL = {"population": 20, "parents": 10, "mutations": 5, "crossovers": 5}

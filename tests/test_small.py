@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from lrs_utils import LayerScaling, load_lm, score, small, tasks
-from lrs_utils.models import SMALL, SMALL_FOLDER
-from lrs_utils.perplexity import window_nll
+from lrs_utils import LayerScaling, load_lm, score, tasks
+from lrs_utils.models.tiny import SMALL, SMALL_FOLDER
+from lrs_utils.scoring.perplexity import window_nll
+from lrs_utils.training import small
 
 
 @pytest.fixture(scope="module")

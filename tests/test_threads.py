@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
-from lrs_utils.entropy import logits_by_distance
-from lrs_utils.free_text import continue_freely
-from lrs_utils.gradient import nll_gradient
-from lrs_utils.perplexity import window_nll
-from lrs_utils.scoring import generate_answers
-from lrs_utils.trial import tried
+from lrs_utils.analysis.attention import logits_by_distance
+from lrs_utils.finding.free_text import continue_freely
+from lrs_utils.scaling.trial import tried
+from lrs_utils.scoring.answers import generate_answers
+from lrs_utils.scoring.perplexity import window_nll
+from lrs_utils.searchers.gradient import nll_gradient
 
 SUITE = tasks.kv_retrieval(4, 2, keys="short")
 SCALINGS = [

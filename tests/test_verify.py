@@ -5,10 +5,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+import verify
+from verify import _read, compared
 
-from lrs_utils import Ledger, reproduce, verify
-from lrs_utils.reproduce import Run
-from lrs_utils.verify import compared, sampled
+from lrs_utils import Ledger
+from lrs_utils import notebook as reproduce
+from lrs_utils.notebook import Run, sampled
 
 QUESTIONS = [f"q{i}" for i in range(50)]
 
@@ -52,8 +54,8 @@ def test_a_sample_is_measured_again_and_agrees(repository, tmp_path):
     assert all(result.agrees and result.off == 0 for result in found.values())
     assert set(found) == {"01_a.outcomes.csv.gz", "decay.csv 2 of 4 rows"}, "not a table with its own copy"
     assert found["01_a.outcomes.csv.gz"].values == 20 * 2
-    assert {*sampled(repository / "01_a.outcomes.csv.gz", 3)["question"]} != {
-        *sampled(repository / "01_a.outcomes.csv.gz", 4)["question"]
+    assert {*sampled(_read(repository / "01_a.outcomes.csv.gz"), 3)["question"]} != {
+        *sampled(_read(repository / "01_a.outcomes.csv.gz"), 4)["question"]
     }
 
 
@@ -78,7 +80,7 @@ def test_what_does_not_come_again_is_told(repository, tmp_path):
 def test_a_changed_number_in_a_committed_result_is_told(repository, tmp_path):
     path = repository / "01_a.outcomes.csv.gz"
     text = gzip.decompress(path.read_bytes()).decode()
-    [first, *_] = sampled(path, 3)["question"]
+    [first, *_] = sampled(_read(path), 3)["question"]
     line = next(line for line in text.splitlines() if f",{first}," in line)
     path.write_bytes(gzip.compress(text.replace(line, line.rpartition(",")[0] + ",99").encode()))
     _, found = verified(tmp_path, repository)

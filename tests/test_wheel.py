@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lrs_utils.files import cache_folder
-from lrs_utils.repository import ROOT
+from lrs_utils.models.download import cache_folder
+from lrs_utils.notebook import ROOT
 from lrs_utils.tasks import long_texts
 
 # What a user does who has the wheel and nothing else.
@@ -21,7 +21,8 @@ from functools import partial
 from importlib import resources
 
 from lrs_utils import GeneticSearch, LayerScaling, load_factors, load_lm, score, search, tasks
-from lrs_utils.playground import Playground, show
+from lrs_utils.playground.playground import Playground
+from lrs_utils.playground.widget import show
 
 tiny = load_lm("tiny-llama", dtype="float32", device="cpu")
 suite = tasks.kv_retrieval(n_pairs=3, n_contexts=2, keys="short")
@@ -93,7 +94,7 @@ def test_the_wheel_has_the_package_with_all_its_data_and_nothing_else(wheel):
     listed = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "lrs_utils"]
     names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
     assert package == {name for name in names if name and (ROOT / name).is_file()}
-    assert "lrs_utils/playground.js" in package
+    assert "lrs_utils/playground/widget.js" in package
     assert "lrs_utils/data/small-rope/model.safetensors" in package
     assert len([name for name in package if name.startswith("lrs_utils/data/factors/smollm2-135m/")]) >= 6
     assert not [name for name in packed if "test" in Path(name).parts[-1] or name.endswith((".ipynb", ".yaml"))]
@@ -139,7 +140,7 @@ def test_the_readme_s_lines_run_from_the_wheel(wheel_python, tmp_path):
     assert {path.name for path in (tmp_path / "empty").iterdir()} == {"found.png", "mine.json", "checkpoint"}
 
 
-def test_a_tool_that_needs_a_clone_says_so_from_the_wheel(wheel_python, tmp_path):
-    done = run_in_empty_folder(wheel_python, tmp_path, "-m", "lrs_utils.reproduce", "--only", "06")
-    assert done.returncode == 2
+def test_a_notebook_that_needs_a_clone_says_so_from_the_wheel(wheel_python, tmp_path):
+    done = run_in_empty_folder(wheel_python, tmp_path, "-c", "from lrs_utils.notebook import profiles; profiles()")
+    assert done.returncode == 1
     assert "notebooks and tools run from a clone, not a wheel" in done.stderr

@@ -1,11 +1,11 @@
-"""Which numbers are worth learning: every space by the same recipe, judged on contexts that nothing has seen.
+"""Which numbers are worth learning: every space searched by the same recipe, judged on contexts that nothing has seen.
 
     python tools/compare_spaces.py --tasks both --spaces head_gains heads --seeds 0 1 2 --contexts 100
 
-Each row of data/results/spaces.csv is one `find_scaling` (a space, a seed, the tasks of its objective) and what its
-scaling is worth on 20 UUID pairs and on 40 short pairs; the scaling itself is in build/spaces. Killed, the same command
-goes on where it was: outcomes are in the ledger, and what is done is exported beside the table, so that another machine
-goes on from there too.
+Each row of data/results/spaces.csv is one `find_scaling` (a space, a seed, the tasks of its objective) with its
+gains on 20 UUID pairs and on 40 short pairs; the scaling itself is in build/spaces. If it is killed, the same command
+resumes: outcomes are in the ledger, and finished ones are exported beside the table, so that another machine can
+continue from there too.
 """
 
 import argparse
@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 
 from lrs_utils import Found, LayerScaling, Ledger, find_scaling, load_lm, save_factors, score, tasks
-from lrs_utils.files import cache_folder, write_whole
-from lrs_utils.metrics import bootstrap_mean, by_fifth, paired_test
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
+from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, paired_test
+from lrs_utils.models.download import cache_folder, write_whole
+from lrs_utils.notebook import ROOT, revision, versions
 
 TABLE = ROOT / "data" / "results" / "spaces.csv"
 OUTCOMES = ROOT / "data" / "results" / "spaces.outcomes.csv.gz"
@@ -102,7 +101,7 @@ def _judged(
 def _count(found: Found) -> int:
     layers, heads = len(found.scaling.settings), found.lm.model.config.get_text_config().num_attention_heads
     each = {"both": 2, "outputs": 2, "head_gains": heads, "head_temperatures": heads, "heads": 2 * heads}
-    return layers * each.get(found.about["space"], 1)
+    return int(layers * each.get(found.about["space"], 1))
 
 
 def _add(row: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 import pandas as pd
 
 from lrs_utils import GeneticSearch, GradientSearch, Ledger, load_lm, search, tasks
-from lrs_utils.files import write_whole
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
-from lrs_utils.search import mixture
+from lrs_utils.models.download import write_whole
+from lrs_utils.notebook import ROOT, revision, versions
+from lrs_utils.searchers.engine import SearchResult
+from lrs_utils.searchers.objectives import mixture
 
 TABLE = ROOT / "data" / "results" / "kills.csv"
 METHODS = ("GeneticSearch", "GradientSearch")
@@ -56,10 +56,12 @@ def _search(model: str, path: str, method: str, dtype: str) -> str:
     suite = tasks.kv_retrieval(16, n_contexts=4, seed=3, keys="short")
     if method == "GeneticSearch":
         genetic = GeneticSearch(lm.num_layers, population=10, parents=5, mutations=5, crossovers=5, seed=0)
-        result = search(lm, suite, genetic, budget=40, ledger=ledger)
-    else:
-        searcher = GradientSearch(lm, suite, steps=24, every=8, vary="head_gains", ledger=ledger)
-        result = search(lm, suite, searcher, budget=4, objective=mixture(1), ledger=ledger)
+        return _ending(search(lm, suite, genetic, budget=40, ledger=ledger))
+    gradient = GradientSearch(lm, suite, steps=24, every=8, vary="head_gains", ledger=ledger)
+    return _ending(search(lm, suite, gradient, budget=4, objective=mixture(1), ledger=ledger))
+
+
+def _ending(result: SearchResult[Any]) -> str:
     return json.dumps([[candidate.key for candidate in result.candidates], repr(result.fitness)])
 
 
@@ -106,7 +108,7 @@ def _count(path: Path) -> int:
 
 
 def _rows(path: Path) -> list[tuple[Any, ...]]:
-    """Outcomes and gradients, in an order of their own."""
+    """Outcomes and gradients, in a fixed order."""
     if not path.exists():
         return []
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as ledger:

@@ -1,11 +1,11 @@
-"""Which families of transformers a scaling reaches: every causal language model type, built tiny and tried.
+"""Which model families of transformers a scaling works on: every causal language model type, built tiny and tried.
 
     python tools/list_families.py
 
-Each row of data/results/families.csv is a model type. A verdict is "exact" where what a scaling does was found to be
-what something else computes: factors, transformers' own `linear` rope type (or frequencies divided, where another
-type is a family's own); temperatures, attention's own scale; gains, the output projection's weight; score, a plain
-forward pass for each question; generate, a forward pass for each token.
+Each row of data/results/families.csv is a model type. A verdict is "exact" if the scaling gave the same as another
+computation: for factors, transformers' own `linear` rope type (or divided frequencies, if the family has another type
+of its own); for temperatures, attention's own scale; for gains, the output projection's weight; for score, a plain
+forward pass for each question; for generate, a forward pass for each token.
 Otherwise it is "refused", with what `lrs_utils` says, or "wrong", which `tests/test_families.py` forbids.
 """
 
@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrs_utils import HeadScaling, LayerScaling, score, tasks
-from lrs_utils.files import write_whole
-from lrs_utils.models import LM, _character_tokenizer
+from lrs_utils.models.download import write_whole
+from lrs_utils.models.load import LM
+from lrs_utils.models.tiny import character_tokenizer
+from lrs_utils.notebook import ROOT, revision, versions
 from lrs_utils.progress import Progress
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
 
 TABLE = ROOT / "data" / "results" / "families.csv"
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -78,7 +78,7 @@ def build(model_type: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for weight in model.parameters():  # some families start from zeros, or hardly visible ones
+        for weight in model.parameters():  # some families start from zeros, or values close to zero
             weight += 0.3 * torch.randn_like(weight) if weight.dim() == 1 else torch.randn_like(weight) * 0.3 - weight
     return model.eval().requires_grad_(False)
 
@@ -87,7 +87,7 @@ def verdicts(model_type: str) -> dict[str, str]:
     """A row of the table."""
     row = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
     try:
-        lm = LM(build(model_type), _character_tokenizer(), model_type)
+        lm = LM(build(model_type), character_tokenizer(), model_type)
         _logits(lm.model)
     except Exception as error:  # a family's own errors are of any kind
         return row | {"factors": f"not built: {_short(error)}"}
@@ -174,7 +174,7 @@ CHECKS: dict[str, Callable[[LM], bool]] = {
 
 
 def _as_edited(lm: LM, scaling: LayerScaling | HeadScaling, edit: Callable[[Any], Any]) -> bool:
-    """Whether a scaling does what an edit of every layer's attention does, and anything at all."""
+    """Whether a scaling does the same as an edit of every layer's attention, and has any effect."""
     with scaling.applied_to(lm.model):
         found = _logits(lm.model)
     edited = copy.deepcopy(lm.model)

@@ -1,8 +1,8 @@
-"""Writes the example of a task of one's own: made-up days in the register of a small shop, with questions.
+"""Writes the example of a user's own task: made-up days in the register of a small shop, with questions.
 
     python tools/make_shop_register.py lrs_utils/tasks/data/shop.jsonl
 
-The same file comes from the same seed; `tests/test_own.py` compares.
+The same seed gives the same file; `tests/test_own.py` compares.
 """
 
 import json
@@ -29,7 +29,7 @@ GOODS = {
     "hand soap": 195, "toothpaste": 249, "paper towels": 310, "dried apricots": 399, "walnuts, 200 g": 445,
     "mineral water": 89, "ginger biscuits": 255,
 }  # fmt: skip
-# a day's hand: how its sales are written down
+# a day's style: how its sales are written down
 HANDS = (
     "{time}  {count} x {article}   ticket {ticket}   till {till}   {total}",
     "At {time} {count} x {article}, ticket {ticket}, were sold at till {till} for {total}.",
@@ -37,7 +37,7 @@ HANDS = (
     "{time}: {count} x {article}, ticket {ticket}, went over till {till} for {total}.",
 )
 # field that answers, question; a time and an article stand once in a day, so each question has one answer.
-# All open the answer in the register's words: a small model would begin with others of its own.
+# All open the answer in the register's words: a small model would begin with different ones.
 ASKED = (
     ("ticket", "Which ticket number did the sale at {time} get?\nAnswer: at {time}, ticket"),
     ("ticket", "Which ticket number did the sale of {article} get?\nAnswer: {article}, ticket"),

@@ -1,4 +1,4 @@
-"""How far free text repeats itself by chance, and under a scaling at several doses: the limit of `find_scaling`.
+"""How much free text repeats itself by chance, and under a scaling at several doses: the limit of `find_scaling`.
 
     python tools/measure_free_text.py lrs_utils/data/factors/smollm2-135m/kv-short-40.json
 
@@ -10,11 +10,10 @@ import argparse
 import pandas as pd
 
 from lrs_utils import LayerScaling, Ledger, load_factors, load_lm
-from lrs_utils.files import cache_folder, write_whole
-from lrs_utils.free_text import continue_freely, distinct_trigrams, near_repeats
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
-from lrs_utils.scaling import Scaling
+from lrs_utils.finding.free_text import continue_freely, distinct_trigrams, near_repeats
+from lrs_utils.models.download import cache_folder, write_whole
+from lrs_utils.notebook import ROOT, revision, versions
+from lrs_utils.scaling.base import Scaling
 
 
 def main() -> None:

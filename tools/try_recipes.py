@@ -1,9 +1,9 @@
-"""What the demo could be: keys, pairs, steps, rate and weight of text, each tried by the same call of `find_scaling`.
+"""Recipes for the demo: keys, pairs, steps, rate and weight of text, each tried by the same call of `find_scaling`.
 
     python tools/try_recipes.py
 
 A row of data/results/recipes.csv is one recipe, with what it gains on test contexts and what it costs. The first is
-that of `make demo`; the others differ from it in what their names say. Killed, the same command goes on where it was.
+that of `make demo`; the others differ from it as their names say. If it is killed, the same command resumes.
 """
 
 from functools import partial
@@ -12,9 +12,8 @@ from typing import Any
 import pandas as pd
 
 from lrs_utils import Ledger, find_scaling, load_lm, tasks
-from lrs_utils.files import cache_folder, write_whole
-from lrs_utils.repository import ROOT
-from lrs_utils.reproduce import revision, versions
+from lrs_utils.models.download import cache_folder, write_whole
+from lrs_utils.notebook import ROOT, revision, versions
 
 FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 24, "steps": 12, "rate": 0.05, "text_weight": 3.0, "questions": 8}
 TRIED: dict[str, dict[str, Any]] = {

@@ -5,10 +5,11 @@ the cache, or read from your files. `scoring` asks it.
 """
 
 from lrs_utils.tasks.chat import in_chat
+from lrs_utils.tasks.factbook import capitals
 from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
 from lrs_utils.tasks.long_text import continuations, long_texts
-from lrs_utils.tasks.mdqa import capitals, mdqa, mdqa_gold_moved
+from lrs_utils.tasks.mdqa import mdqa, mdqa_gold_moved
 from lrs_utils.tasks.own import SHOP, from_jsonl
 from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite, positions_at

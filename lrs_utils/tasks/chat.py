@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lrs_utils.tasks.suite import Probe, Suite
 
 _MESSAGE = "<message>"
-# Some templates tell today's date; a suite is the same tomorrow.
+# Some templates give today's date; a suite must be the same tomorrow.
 _SAME_DATE = "{%- macro strftime_now(form) -%}01 Jan 2025{%- endmacro -%}"
 
 
@@ -31,7 +31,7 @@ def in_chat(suite: Suite, tokenizer: PreTrainedTokenizerBase) -> Suite:
     )
     head, _, tail = rendered.partition(_MESSAGE)
     if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        head = head.removeprefix(tokenizer.bos_token)  # it comes again when text is tokenised
+        head = head.removeprefix(tokenizer.bos_token)  # it is added again when text is tokenised
     probes = []
     for probe in suite.probes:
         questions = []

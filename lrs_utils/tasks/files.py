@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pooch
-
-from lrs_utils.files import cache_folder
+from lrs_utils.models.download import web_file
 
 # nelson-liu/lost-in-the-middle, MIT; SHA-256 of the files at this revision
 _REVISION = "29b8a6d"
@@ -48,20 +46,7 @@ def official_file(name: str, folder: str | Path | None = None) -> Path:
     if name not in _OFFICIAL:
         raise ValueError(f"{name} is not fetched: its hash is not known here. Give the folder that has it")
     place, sha256 = _OFFICIAL[name]
-    try:
-        return Path(
-            pooch.retrieve(
-                f"{_BASE}{place}/{name}",
-                f"sha256:{sha256}",
-                name,
-                cache_folder() / "lost-in-the-middle",
-                progressbar=False,
-            )
-        )
-    except Exception as error:
-        raise OSError(
-            f"{_BASE}{place}/{name} could not be fetched ({error}); fetch it yourself and give its folder"
-        ) from error
+    return web_file(f"{_BASE}{place}/{name}", sha256, "lost-in-the-middle")
 
 
 def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:

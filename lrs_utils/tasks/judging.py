@@ -24,7 +24,7 @@ def judged(
 
 
 def holds_value(text: str, answers: Sequence[str]) -> bool:
-    """Key-value retrieval (2307.03172, its release): an answer stands somewhere in the text, in any case."""
+    """Key-value retrieval (2307.03172, its release): an answer is somewhere in the text, in upper or lower case."""
     return any(answer.lower() in text.lower() for answer in answers)
 
 
@@ -35,7 +35,7 @@ def best_subspan_em(text: str, answers: Sequence[str]) -> bool:
 
 
 def best_subspan_em_of_first_line(text: str, answers: Sequence[str]) -> bool:
-    """`best_subspan_em` as published: what follows the first line break doesn't count, also if nothing precedes it."""
+    """`best_subspan_em` as published: what follows the first line break doesn't count, even if nothing precedes it."""
     return best_subspan_em(text.partition("\n")[0], answers)
 
 

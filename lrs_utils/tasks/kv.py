@@ -39,7 +39,7 @@ def kv_retrieval(
         Suites of different seeds share no context.
     keys : "uuid" or "short"
         "uuid": version-4 UUIDs as in the paper, about 72 tokens a pair. "short": pronounceable six-letter keys and
-        five-digit values ("bakori": "48213"), about 14 tokens a pair: the same task for a fifth of the price.
+        five-digit values ("bakori": "48213"), about 14 tokens a pair: the same task for a fifth of the cost.
     positions : sequence of int, optional
         Which pairs are asked for; every pair by default.
     """
@@ -168,7 +168,7 @@ def _generated(n_pairs: int, n_contexts: int, seed: int, keys: str) -> list[Reco
     for context in range(n_contexts):
         rng = np.random.default_rng([seed, context])
         pairs = _PAIRS[keys](rng, n_pairs)
-        records.append((pairs, int(rng.integers(n_pairs))))  # drawn last: contexts are what they were without it
+        records.append((pairs, int(rng.integers(n_pairs))))  # drawn last, so that contexts are the same as without it
     return records
 
 
@@ -180,7 +180,7 @@ def _uuid_pairs(rng: np.random.Generator, n: int) -> Pairs:
 
 
 def _short_pairs(rng: np.random.Generator, n: int) -> Pairs:
-    # without replacement: a key or value that stood twice would have two right answers
+    # without replacement: a key or value that came twice would have two right answers
     values = rng.choice(90_000, n, replace=False) + 10_000
     chosen: dict[str, str] = {}
     while len(chosen) < n:

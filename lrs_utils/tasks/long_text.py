@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lrs_utils.files import package_file
-from lrs_utils.tasks.mdqa import factbook_text
+from lrs_utils.models.download import package_file
+from lrs_utils.tasks.factbook import factbook_text
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
 # Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)
@@ -77,7 +77,7 @@ def long_texts(
 def continuations(text: str, n_contexts: int = 16, seed: int = 0, *, words: int = 400, judged: int = 200) -> Suite:
     """Stretches of a text whose second part is to be predicted: perplexity as a suite, for mixtures of objectives.
 
-    The nll of an outcome is that of the last `judged` words, a token; nothing is ever exact.
+    The nll of an outcome is the mean over the tokens of the last `judged` words; nothing is ever exact.
 
     Parameters
     ----------

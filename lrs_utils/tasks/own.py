@@ -1,4 +1,4 @@
-"""Your own contexts, questions and answers, from a JSON-lines file (`data/README.md` has the format field by field)."""
+"""Your own contexts, questions and answers, from a JSON-lines file (format: lrs_utils/tasks/data/README.md)."""
 
 import re
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def from_jsonl(path: str | Path) -> Suite:
         {"prompt_before": "...", "answer": ["first", "also right"], "depth": 0.4}
 
     The model reads context, a blank line (none where the context ends with a line break), question. It should go on
-    with the answer, the first of several. Answers begin where tokens do (`_divided`). Other fields are not looked at.
+    with the answer, the first of several. Answers begin where tokens do (`_divided`). Other fields are ignored.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def from_jsonl(path: str | Path) -> Suite:
     Raises
     ------
     ValueError
-        Names file, line, field and the mend: a field that is missing, empty or of another type, a position or depth
+        Names file, line, field and the fix: a field that is missing, empty or of another type, a position or depth
         that is outside, both forms in one line, a line that comes twice, a file that is empty, no JSON or not UTF-8.
     """
     path = Path(path)

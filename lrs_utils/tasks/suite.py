@@ -18,7 +18,7 @@ class Question:
     ----------
     answer_prefix : str
         What the answer opens with, given to the model (the opening quote of a value, say), so that a verdict
-        doesn't hang on how a model chooses to begin. Left out by the free protocol.
+        doesn't depend on how a model chooses to begin. Left out by the free protocol.
     answer : str
         What greedy decoding should emit and nll is taken of, a leading space included where there is one.
     position : int
@@ -61,7 +61,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Suite:
-    """Probes: contexts with their questions, at the same depths in each or not, and as many in each or not.
+    """Contexts with their questions, whose number and depths may differ from context to context.
 
     Arrays over a suite have a column for each question of the context that has most. Where a context has fewer, `asked`
     is False, a depth is nan, and so is the nll of an outcome.
@@ -102,7 +102,7 @@ class Suite:
 
     @property
     def depths(self) -> NDArray[np.float64]:
-        """Depth of each question, position / (n_items - 1): 0 is the begin, 1 the end.
+        """Depth of each question, position / (n_items - 1): 0 is the beginning, 1 the end.
 
         Shape (questions,) where all contexts ask at the same depths, in the same order. Otherwise (contexts,
         questions), nan where a context has no such question.

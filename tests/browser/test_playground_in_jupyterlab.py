@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
-from lrs_utils.files import cache_folder
+from lrs_utils.models.download import cache_folder
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT = ROOT / "build" / "browser"

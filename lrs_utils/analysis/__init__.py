@@ -1,0 +1,1 @@
+"""Analysis of measurements: statistics, attention heads, plots."""

@@ -1,0 +1,311 @@
+"""Every figure's drawing function, in one style: readable at half width, safe for colour-blind readers."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from numpy.typing import ArrayLike, NDArray
+
+from lrs_utils.analysis.statistics import Interval
+from lrs_utils.scaling.bezier import BezierCurve
+from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.searchers.engine import SearchResult
+
+_COLOURS = sns.color_palette("colorblind")
+
+
+def use_style() -> None:
+    """Set the style of all figures; call once in a notebook's setup cell."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.15)
+    plt.rcParams |= {
+        "figure.figsize": (5.2, 3.2),
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 120,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "lrs",
+    }
+
+
+def curves(
+    curves: Mapping[str, Interval | NDArray[np.float64]],
+    x: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    xlabel: str,
+    ylabel: str,
+    markers: bool = True,
+    ax: Axes | None = None,
+) -> Figure:
+    """Curves with their names, and their intervals as bands where they have one.
+
+    Parameters
+    ----------
+    curves : mapping of name to Interval or array, shape (points,)
+    x : array, shape (points,), or a mapping of name to such
+    """
+    ax = ax or plt.subplots()[1]
+    for (name, curve), colour, marker in zip(curves.items(), _COLOURS, "osD^vPX*dh", strict=False):
+        at = np.asarray(x[name] if isinstance(x, Mapping) else x, float)
+        mean = curve.mean if isinstance(curve, Interval) else curve
+        ax.plot(at, mean, color=colour, marker=marker if markers else None, markersize=3.5, label=name)
+        if isinstance(curve, Interval):
+            ax.fill_between(at, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if len(curves) > 1:
+        ax.legend(frameon=False)
+    return _figure(ax)
+
+
+def by_depth(
+    accuracy: Mapping[str, Interval],
+    depths: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+    ax: Axes | None = None,
+) -> Figure:
+    """`curves` over the depth of the answer."""
+    figure = curves(accuracy, depths, xlabel="depth of the answer (0 begin, 1 end)", ylabel=ylabel, ax=ax)
+    (ax or figure.axes[0]).set_xlim(-0.02, 1.02)
+    return figure
+
+
+def by_distance(
+    decays: Mapping[str, Interval | NDArray[np.float64]], distances: ArrayLike, *, ylabel: str, ax: Axes | None = None
+) -> Figure:
+    """`curves` over the tokens between query and key, in octaves."""
+    figure = curves(decays, distances, xlabel="distance (tokens)", ylabel=ylabel, markers=False, ax=ax)
+    (ax or figure.axes[0]).set_xscale("log", base=2)
+    return figure
+
+
+def layer_curves(
+    values: NDArray[np.float64], x: ArrayLike, *, xlabel: str, ylabel: str, ax: Axes | None = None
+) -> Figure:
+    """A thin line for each layer, coloured from the first to the last; values have shape (layers, points)."""
+    ax = ax or plt.subplots()[1]
+    colours = ScalarMappable(Normalize(0, len(values) - 1), "viridis")
+    for line, colour in zip(values, colours.to_rgba(np.arange(len(values))), strict=True):
+        ax.plot(np.asarray(x, float), line, color=tuple(colour), linewidth=0.9)
+    figure = _figure(ax)
+    figure.colorbar(colours, ax=ax, label="layer", pad=0.02)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+def layer_map(
+    values: pd.DataFrame, *, ylabel: str, label: str, limit: float | None = None, ax: Axes | None = None
+) -> Figure:
+    """Changes (below 0 blue, above red) or shares (from 0) by layer (columns) and something else (rows).
+
+    Parameters
+    ----------
+    limit : float, optional
+        Colours end there, in both directions; by default at the largest value.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 0.3 * len(values) + 1.1))[1]
+    low, high = values.to_numpy(float).min(), values.to_numpy(float).max()
+    limit = max(-low, high) if limit is None else limit
+    ends = {(False, False): "neither", (False, True): "max", (True, False): "min", (True, True): "both"}
+    bar = {"label": label, "extend": ends[-limit > low, high > limit], "pad": 0.02}
+    sns.heatmap(
+        values, vmin=-limit if low < 0 else 0, vmax=limit, cmap="vlag" if low < 0 else "rocket_r", cbar_kws=bar, ax=ax
+    )
+    ax.set(xlabel="layer", ylabel=ylabel)
+    ax.tick_params(axis="y", rotation=0)
+    ax.set_xticks(np.arange(0, values.shape[1], 2) + 0.5, np.asarray(values.columns)[::2])
+    return _figure(ax)
+
+
+def layer_scatter(x: ArrayLike, y: ArrayLike, *, xlabel: str, ylabel: str, ax: Axes | None = None) -> Figure:
+    """One number of each layer against another, with the layers' indices as marks."""
+    ax = ax or plt.subplots()[1]
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    ax.scatter(x, y, s=130, c=np.arange(len(x)), cmap="viridis", alpha=0.35, linewidth=0)
+    for layer, at in enumerate(zip(x, y, strict=True)):
+        ax.annotate(str(layer), at, ha="center", va="center", fontsize="x-small")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return _figure(ax)
+
+
+def heat_map(values: pd.DataFrame, *, xlabel: str, label: str, ax: Axes | None = None) -> Figure:
+    """Shares between 0 and 1 over depth (index) and something else (columns), written into their cells."""
+    ax = ax or plt.subplots()[1]
+    sns.heatmap(values, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis", cbar_kws={"label": label}, ax=ax)
+    ax.set(xlabel=xlabel, ylabel="depth of the answer (0 begin, 1 end)")
+    return _figure(ax)
+
+
+def factors(scalings: Mapping[str, Sequence[float]], *, ylabel: str = "factor", ax: Axes | None = None) -> Figure:
+    """Factor (or temperature) of every layer, one step line per scaling, with the baseline at 1."""
+    ax = ax or plt.subplots()[1]
+    ax.axhline(1.0, color="0.6", linewidth=0.8)
+    for (name, values), colour in zip(scalings.items(), _COLOURS, strict=False):
+        ax.step(np.arange(len(values)), values, where="mid", color=colour, label=name)
+    ax.set(xlabel="layer", ylabel=ylabel)
+    ax.legend(frameon=False)
+    return _figure(ax)
+
+
+def bezier(curve: BezierCurve, factors: Sequence[float], *, ax: Axes | None = None) -> Figure:
+    """A curve over depth with its control points, and the rounded factors that layers get from it, as bars from 1."""
+    ax = ax or plt.subplots()[1]
+    layers = np.arange(len(factors))
+    ax.bar(layers, np.asarray(factors) - 1, bottom=1, color=_COLOURS[9], alpha=0.45, width=0.8)
+    ax.axhline(1.0, color="0.6", linewidth=0.8)
+    ax.plot(curve.layers, curve.values, color="0.6", linestyle=":", linewidth=1)
+    fine = np.linspace(0, len(factors) - 1, 200)
+    ax.plot(fine, curve(fine), color=_COLOURS[0])
+    ax.scatter(curve.layers, curve.values, color=_COLOURS[1], zorder=3)
+    ax.set(xlabel="layer", ylabel="factor")
+    return _figure(ax)
+
+
+def search_progress(result: SearchResult[Any], *, ylabel: str, ax: Axes | None = None) -> Figure:
+    """Fitness of every candidate in order of evaluation, and the best so far."""
+    ax = ax or plt.subplots()[1]
+    n = np.arange(1, len(result.candidates) + 1)
+    for start in np.flatnonzero(np.diff(result.generation)) + 1:
+        ax.axvline(start + 0.5, color="0.85", linewidth=0.8)
+    ax.scatter(n, [f[0] for f in result.fitness], s=12, color=_COLOURS[0], label="candidate")
+    ax.step(n, result.best_so_far, where="post", color=_COLOURS[1], label="best so far")
+    ax.set(xlabel="candidates evaluated (lines: generations)", ylabel=ylabel)
+    ax.legend(frameon=False)
+    return _figure(ax)
+
+
+def generations(result: SearchResult[LayerScaling], shown: int = 4) -> Figure:
+    """Factors of every candidate of some generations, first to last, and the best of all up to then."""
+    numbers = np.unique(np.linspace(0, result.generation[-1], shown).round().astype(int))
+    figure, axes = plt.subplots(1, len(numbers), figsize=(2.5 * len(numbers), 2.6), sharey=True, squeeze=False)
+    for number, ax in zip(numbers, axes[0], strict=True):
+        last = len(result.generation) - result.generation[::-1].index(number)
+        best = result.fitness.index(max(result.fitness[:last]))
+        for candidate, generation in zip(result.candidates, result.generation, strict=True):
+            if generation == number:
+                ax.plot(candidate.factors, color=_COLOURS[0], alpha=0.35, linewidth=0.8)
+        ax.plot(result.candidates[best].factors, color=_COLOURS[1], linewidth=2)
+        ax.set(title=f"generation {number}", xlabel="layer")
+    axes[0, 0].set_ylabel("factor")
+    return figure
+
+
+def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = None) -> Figure:
+    """Best so far against answers scored, one line for each search method: mean of its seeds, least to most as a band.
+
+    Parameters
+    ----------
+    searches : DataFrame
+        A row for each candidate: `seed`, `answers` scored so far, the `best` so far, and the column `by`.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
+    at = np.linspace(0, searches["answers"].max(), 400)
+    styles = zip(["-", "--"], [_COLOURS] * 2, strict=True)
+    looks = [(colour, dash) for dash, colours in styles for colour in colours]
+    for (name, rows), (colour, dash) in zip(searches.groupby(by, sort=False), looks, strict=False):
+        lines = []
+        for _, one in rows.groupby("seed"):
+            last = np.searchsorted(one["answers"], at, side="right") - 1
+            line = np.where(last < 0, np.nan, one["best"].to_numpy()[last])
+            lines.append(np.where(at > one["answers"].iloc[-1], np.nan, line))
+        ax.plot(at, np.mean(lines, axis=0), color=colour, linestyle=dash, label=name)
+        if len(lines) > 1:
+            ax.fill_between(at, np.min(lines, axis=0), np.max(lines, axis=0), color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel="answers scored", ylabel=ylabel)
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _figure(ax)
+
+
+def pareto(points: pd.DataFrame, by: str, *, x: str, y: str, ax: Axes | None = None) -> Figure:
+    """Gain of each method against its cost, with its doses joined by a line, and the front that no other point beats.
+
+    Parameters
+    ----------
+    points : DataFrame
+        Columns `x` (cost, less is better), `y` (gain) and `by`; rows of a method in the order of its doses.
+    """
+    ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
+    ordered = points.sort_values(x)
+    front = ordered[ordered[y] > ordered[y].astype(float).cummax().shift(fill_value=-np.inf)]
+    ax.step(front[x], front[y], where="post", color="0.75", linewidth=4, label="front", zorder=0)
+    looks = zip(cycle(_COLOURS), cycle("osD^vP*"))  # lengths that give each method its own look
+    for (name, rows), (colour, marker) in zip(points.groupby(by, sort=False), looks, strict=False):
+        ax.plot(rows[x], rows[y], color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _figure(ax)
+
+
+def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
+    """Seconds an answer against the number of pairs, and how much faster than decoding at `pairs`.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `summary` of tools/benchmark.py gives it.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1, 1.2))
+    lines = {"generate": "model.generate, one by one", "score, all positions": "score, all positions"}
+    for (line, label), colour, marker in zip(lines.items(), _COLOURS, "os", strict=False):
+        rows = table[table["line"] == line].sort_values("pairs")
+        each = rows["seconds_an_answer"]
+        left.errorbar(
+            rows["pairs"], each, yerr=[each - rows["least"], rows["most"] - each], color=colour, marker=marker,
+            markersize=4, capsize=2, label=label,
+        )  # fmt: skip
+        left.plot(rows["pairs"], each * rows["share_of_limit"], color=colour, linestyle=":", linewidth=1)
+    left.plot([], [], color="0.4", linestyle=":", linewidth=1, label="their operations at full rate")
+    ticks = sorted(set(table.loc[table["line"] == "generate", "pairs"]))
+    left.set(xscale="log", yscale="log", xlabel="pairs in the context", ylabel="seconds an answer")
+    left.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+    left.minorticks_off()
+    left.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(-0.1, 1))
+    bars = table[(table["pairs"] == pairs) & ~table["line"].str.endswith("generate")].iloc[::-1]
+    ratio = bars["times_faster"]
+    right.barh(
+        bars["line"], ratio, xerr=[ratio - bars["slowest"], bars["fastest"] - ratio], color=_COLOURS[0], capsize=2
+    )
+    for y, (value, high) in enumerate(zip(ratio, bars["fastest"], strict=True)):
+        right.text(high * 1.05, y, f"{value:.0f}x", va="center", fontsize="small")
+    right.set(xscale="log", xlabel=f"times faster than generate, {pairs} pairs")
+    right.set_xlim(min(1, bars["slowest"].min() / 2), bars["fastest"].max() * 2)
+    return figure
+
+
+def perplexity_by_length(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Perplexity against length: each scheme with one stretch for all layers, and dashed with layer factors.
+
+    Parameters
+    ----------
+    tables : mapping of title to DataFrame
+        A panel each. With "way" ("scheme, uniform" or "scheme, ..."), "length" in tokens, "nll".
+    """
+    figure, panels = plt.subplots(1, len(tables), figsize=(5.5 * len(tables), 4), squeeze=False)
+    schemes = dict.fromkeys(way.partition(", ")[0] for rows in tables.values() for way in rows["way"])
+    for (title, rows), ax in zip(tables.items(), panels[0], strict=True):
+        nll = rows.groupby(["way", "length"], sort=False)["nll"].mean().unstack()
+        scheme_of, uniform = nll.index.str.partition(", ").get_level_values(0), nll.index.str.endswith(", uniform")
+        for scheme, colour in zip(schemes, _COLOURS, strict=False):
+            for drawn, style in ((uniform, "-o"), (~uniform, "--s")):
+                for way, line in nll[(scheme_of == scheme) & drawn].iterrows():
+                    ax.plot(line.index, np.exp(line), style, color=colour, markersize=3.5, label=way)
+        ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=title)
+        ax.set_xticks(nll.columns, [f"{length:,}" for length in nll.columns])
+        ax.xaxis.minorticks_off()
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+        ax.legend(frameon=False, fontsize="x-small")
+    return figure
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.get_figure()
+    assert isinstance(figure, Figure)
+    return figure

@@ -1,0 +1,1 @@
+"""Language models: from the hub, a folder, a GGUF file, the embedded ones, and tiny ones for tests."""

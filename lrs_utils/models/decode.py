@@ -1,0 +1,85 @@
+"""Running a model on our own terms: greedy continuations, and attention by a function of ours."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import EllipsisType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from lrs_utils.models.load import LM
+from lrs_utils.models.turns import used_alone
+
+
+def refuse_training(lm: LM) -> None:
+    """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
+    if lm.model.training:
+        raise ValueError(f"{lm.name} is in training mode, where dropout changes its answers; call model.eval() first")
+
+
+def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
+    """Greedy continuations by the model's `generate`, with settings of our own.
+
+    `generate` takes what is not set from the model's generation config: a penalty that ships with a model, say. Only
+    that config's end-of-text tokens are kept.
+
+    Parameters
+    ----------
+    ids, mask : int tensors, shape (rows, tokens)
+    to_the_end : bool
+        Always `n_tokens` of them: the end of a text is never chosen.
+    given
+        Further arguments of `generate`.
+
+    Returns
+    -------
+    int tensor, shape (rows, at most n_tokens): the new tokens
+    """
+    refuse_training(lm)
+    end, named = lm.tokenizer.eos_token_id, getattr(lm.model.generation_config, "eos_token_id", None)
+    ends = [*{end, *(named if isinstance(named, list) else [named])} - {None}]
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=n_tokens, min_new_tokens=n_tokens if to_the_end else None, use_cache=True,
+        eos_token_id=end if to_the_end else ends or None,
+        pad_token_id=end if lm.tokenizer.pad_token_id is None else lm.tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = copy.copy(lm.model)  # the same weights and modules, another config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    tokens = model.generate(ids, attention_mask=mask, generation_config=settings, **given)  # type: ignore[operator]
+    return tokens[:, ids.shape[1] :]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def attending_by(lm: LM, name: str) -> Iterator[None]:
+    """Let the model's layers attend by a function registered with transformers' `AttentionInterface`."""
+    refuse_training(lm)
+    with used_alone(lm.model):
+        before = lm.model.config._attn_implementation
+        lm.model.set_attn_implementation(name)
+        if lm.model.config._attn_implementation != name:
+            raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
+        try:
+            yield
+        finally:
+            lm.model.set_attn_implementation(before)
+
+
+def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: Mapping[str, Any]) -> int | None:
+    """The sliding window of an attention layer as a registered function is called, or None for none.
+
+    Raises
+    ------
+    ValueError
+        The layer does something with its logits that causal attention wouldn't.
+    """
+    family = type(module).__name__
+    for unknown in ("softcap", "s_aux"):
+        if kwargs.get(unknown) is not None:
+            raise ValueError(f"{family} uses {unknown}, which lrs_utils' attention does not know")
+    if not isinstance(handed, EllipsisType):
+        return handed
+    if getattr(getattr(module, "config", None), "sliding_window", None):  # in its mask; 0 is Qwen2-MoE's none
+        raise ValueError(f"{family} hides its sliding window from lrs_utils' attention")
+    return None

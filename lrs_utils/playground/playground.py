@@ -1,0 +1,279 @@
+"""The Bezier playground without its widget: a curve over depth, what is known of it, and the way back to earlier ones.
+
+`Playground` needs neither browser nor kernel; `widget.show` puts it on the screen.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrs_utils.models.load import LM
+from lrs_utils.playground.measured import MeasuredScaling
+from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, Surrogate
+from lrs_utils.playground.worker import Measurer
+from lrs_utils.scaling.bezier import BezierCurve
+from lrs_utils.scaling.files import save_factors
+from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scaling.rope import SCHEMES
+from lrs_utils.tasks import Suite
+
+_SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of a drag settles at once
+
+
+class Playground:
+    """A curve that the user moves, and what is known of the scaling that it stands for.
+
+    After every change the running measurement is cancelled, and a new one begins in the background once nothing has
+    changed for a quarter of a second; during a `drag` none begins, at its end at once. Whoever shows it subscribes.
+
+    Parameters
+    ----------
+    lm : LM
+        Not to be used by other code while something is measured; `stop` waits until it is free.
+    make_suite : function (n_pairs, n_contexts) -> Suite
+    n_pairs, n_contexts : int
+        To begin with.
+    ledger : str or Path
+        The ledger's file: what is in it is not measured again, what is measured is added.
+    presets : mapping of str to BezierCurve, optional
+        Beside "no scaling", "uniform" and "decreasing, as in the paper".
+    bounds, step, first_layer
+        As in `BezierCurve.factors`; control points are kept on the same grid.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        make_suite: Callable[[int, int], Suite],
+        n_pairs: int,
+        n_contexts: int,
+        *,
+        ledger: str | Path,
+        presets: Mapping[str, BezierCurve] | None = None,
+        bounds: tuple[float, float] = (1.0, 2.0),
+        step: float = 0.1,
+        first_layer: int = 0,
+    ) -> None:
+        n_scaled = lm.num_layers - first_layer
+        if n_scaled < 4:
+            raise ValueError(
+                f"{lm.name} has {n_scaled} layers to scale; four control points need 4, each a layer of its own"
+            )
+        self.lm, self.bounds, self.step, self.first_layer = lm, bounds, step, first_layer
+        self._make_suite = make_suite
+        self.presets = self._make_presets() | dict(presets or {})
+        self.curve, self.scheme, self.status = self.presets["no scaling"], SCHEMES[0], ""
+        self._past, self._future = [(self.curve, self.scheme)], list[tuple[BezierCurve, str]]()
+        self._listeners: list[Callable[[bool], None]] = []
+        self._dragged = False
+        self._measurer = Measurer(
+            lm,
+            Path(ledger),
+            remember_settled=self._remember_step,
+            set_status=self._set_status,
+            tell_change=lambda: self._tell_listeners(moved=False),
+        )
+        self._lock = (
+            self._measurer.lock
+        )  # of the curve, its history and the status; never held while listeners are told
+        self.set_size(n_pairs, n_contexts)
+
+    @property
+    def suite(self) -> Suite:
+        """The contexts that curves are measured on."""
+        return self._measurer.suite
+
+    @property
+    def scaling(self) -> LayerScaling:
+        """The scaling that the curve stands for."""
+        factors = self.curve.factors(self.lm.num_layers, self.first_layer, self.step, self.bounds)
+        return LayerScaling(factors, self.scheme)
+
+    @property
+    def unscaled(self) -> LayerScaling:
+        """The baseline."""
+        return LayerScaling.identity(self.lm.num_layers)
+
+    @property
+    def measured(self) -> dict[str, MeasuredScaling]:
+        """All scalings of which anything is known on the suite as it is, by key; a copy."""
+        with self._lock:
+            return dict(self._measurer.measured)
+
+    @property
+    def best(self) -> MeasuredScaling | None:
+        """The one with the best mean accuracy of those measured on all contexts."""
+        complete = [m for m in self.measured.values() if len(m.exact) == len(self.suite.probes)]
+        return max(complete, key=lambda m: m.mean, default=None)
+
+    @property
+    def surrogate(self) -> Surrogate | None:
+        """What predictions are made by, or None while too little is known."""
+        return self._measurer.surrogate
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is measured, or about to be."""
+        return self._measurer.busy
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether `undo` would change anything."""
+        return len(self._past) > 1 or self._past[-1] != (self.curve, self.scheme)
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether `redo` would change anything."""
+        return bool(self._future)
+
+    def subscribe(self, listener: Callable[[bool], None]) -> None:
+        """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
+        self._listeners.append(listener)
+
+    def prediction(self) -> NDArray[np.float64] | None:
+        """Accuracy by depth that the surrogate expects, or None while too little is known."""
+        surrogate = self.surrogate
+        if surrogate is None or self.scheme != PREDICTED_SCHEME:
+            return None
+        return surrogate.predict(np.array(self.scaling.factors))
+
+    def move(self, point: int, layer: float, value: float) -> None:
+        """Move a control point; it snaps to the grid, stays within bounds and between its neighbours."""
+        layers, values = list(self.curve.layers), list(self.curve.values)
+        low = layers[point - 1] + 1 if point else self.first_layer
+        high = layers[point + 1] - 1 if point < 3 else self.lm.num_layers - 1
+        layers[point], values[point] = float(np.clip(round(layer), low, high)), self._snap(value)
+        self.use(BezierCurve(layers, values))
+
+    def use(self, curve: BezierCurve) -> None:
+        """Put this curve in place of the present one."""
+        self._change(curve, self.scheme)
+
+    def set_scheme(self, scheme: str) -> None:
+        """Read the factors under another scheme."""
+        LayerScaling(self.scaling.factors, scheme)  # refuses an unknown one
+        self._change(self.curve, scheme)
+
+    def set_size(self, n_pairs: int, n_contexts: int) -> None:
+        """Ask other contexts; what the ledger knows of them is there at once."""
+        self._measurer.set_suite(self._make_suite(n_pairs, n_contexts))
+        with self._lock:
+            self.n_pairs, self.n_contexts = n_pairs, n_contexts
+            self._set_status()
+        self._tell_listeners(moved=False)
+
+    def drag(self, begins: bool) -> None:
+        """A drag begins: nothing is measured until it ends."""
+        with self._lock:
+            self._dragged = begins
+            self._measurer.cancel()
+        if begins:
+            self._tell_listeners(moved=False)
+        else:
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure the present curve now, as far as it is not known."""
+        with self._lock:
+            self._remember_step()
+            self._measurer.start(self.scaling, delay=0.0)
+        self._tell_listeners(moved=False)
+
+    def stop(self) -> None:
+        """Cancel the running measurement and wait until the model is free; what was measured is kept."""
+        self._measurer.stop()
+
+    def wait(self) -> None:
+        """Until the running measurement has ended."""
+        self._measurer.wait()
+
+    def undo(self) -> None:
+        """Back to the curve before the last change."""
+        with self._lock:
+            self._remember_step()
+            if len(self._past) > 1:
+                self._future.append(self._past.pop())
+            self._replace(*self._past[-1])
+        self._tell_listeners(moved=True)
+
+    def redo(self) -> None:
+        """Forward again."""
+        with self._lock:
+            self._remember_step()
+            if self._future:
+                self._past.append(self._future.pop())
+            self._replace(*self._past[-1])
+        self._tell_listeners(moved=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors, with the curve and what is known of them, as a factor file."""
+        measured = self.measured.get(self.scaling.key)
+        save_factors(
+            path, self.scaling, model=self.lm.name, fingerprint=self.lm.fingerprint, suite=self.suite.recipe,
+            curve=asdict(self.curve),
+            measured=None if measured is None else {"contexts": len(measured.exact), "accuracy": measured.mean},
+            chosen="by hand, on the contexts it was measured on",
+        )  # fmt: skip
+
+    def show_status(self, line: str) -> None:
+        """Show a line of status until the next change."""
+        with self._lock:
+            self._set_status(line)
+        self._tell_listeners(moved=False)
+
+    def _change(self, curve: BezierCurve, scheme: str) -> None:
+        with self._lock:
+            self._replace(curve, scheme)
+        self._tell_listeners(moved=True)
+
+    def _replace(self, curve: BezierCurve, scheme: str) -> None:
+        if (curve, scheme) == (self.curve, self.scheme):
+            return
+        self.curve, self.scheme = curve, scheme
+        self._measurer.cancel()
+        if not self._dragged:
+            self._measurer.start(self.scaling, _SETTLE_SECONDS)
+        self._set_status()
+
+    def _remember_step(self) -> None:
+        """Make the present curve a step to come back to."""
+        if self._past[-1] != (self.curve, self.scheme):
+            self._past.append((self.curve, self.scheme))
+            self._future.clear()
+
+    def _set_status(self, line: str = "") -> None:
+        self.status = line or self._describe_curve()
+
+    def _describe_curve(self) -> str:
+        """What is known of the present curve, in a line."""
+        measured, line = self.measured.get(self.scaling.key), "not measured yet"
+        if measured is not None:
+            done = f"{len(measured.exact)} of {len(self.suite.probes)} contexts"
+            line = f"measured on {done}: {measured.mean:.3f} of all answers exact"
+        if self.scheme != PREDICTED_SCHEME:
+            return f"{line}; predictions are for {PREDICTED_SCHEME} only"
+        if self.surrogate is None:
+            return f"{line}; no prediction before {FEWEST_SCALINGS} scalings are known"
+        return line
+
+    def _make_presets(self) -> dict[str, BezierCurve]:
+        layers = np.linspace(self.first_layer, self.lm.num_layers - 1, 4).round().tolist()
+        low, high = map(self._snap, self.bounds)
+        strongest = max((low, high), key=lambda factor: abs(factor - 1))
+        return {
+            "no scaling": BezierCurve(layers, (1.0,) * 4),
+            "uniform": BezierCurve(layers, (strongest,) * 4),
+            "decreasing, as in the paper": BezierCurve(layers, (high, high, 1.0, 1.0)),
+        }
+
+    def _snap(self, value: float) -> float:
+        low, high = (edge / self.step for edge in self.bounds)
+        steps = np.clip(np.round(value / self.step), np.ceil(low - 1e-9), np.floor(high + 1e-9))
+        return float(np.round(steps * self.step, 10))
+
+    def _tell_listeners(self, moved: bool) -> None:
+        for listener in self._listeners:
+            listener(moved)

@@ -1,0 +1,79 @@
+"""Folding numbers of heads into weights: a plain model that computes the same, at no cost."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrs_utils.scaling.base import Setting, reachable_decoder
+from lrs_utils.scaling.products import mlp_of, output_of, queries_of
+
+
+def fold_heads(model: PreTrainedModel, settings: Sequence[Setting]) -> PreTrainedModel:
+    """A copy of a model whose own weights hold the head temperatures, head gains and MLP gain of each layer's setting.
+
+    Raises
+    ------
+    ValueError
+        A query norm that heads with different temperatures share, a projection that isn't a plain linear layer.
+    """
+    plain = copy.deepcopy(model)
+    for layer, setting in zip(reachable_decoder(plain).layers, settings, strict=True):
+        if setting.head_temperatures:
+            _fold_temperatures(layer, torch.tensor(setting.head_temperatures))
+        if setting.head_gains:
+            output, gains = _linear(output_of(layer)), torch.tensor(setting.head_gains)
+            _multiply(output.weight, gains.repeat_interleave(output.in_features // len(gains)))
+        if setting.mlp_gain != 1.0:
+            down = _linear(getattr(mlp_of(layer), "down_proj", None))
+            for parameter in (down.weight, down.bias):
+                if parameter is not None:
+                    _multiply(parameter, torch.tensor(setting.mlp_gain))
+    return plain
+
+
+def _linear(module: Any) -> nn.Linear:
+    if type(module) is not nn.Linear:
+        raise ValueError(f"{type(module).__name__} is no plain linear layer, so nothing folds into it exactly")
+    return module
+
+
+def _fold_temperatures(layer: nn.Module, temperatures: Tensor) -> None:
+    projection, norm = _linear(layer.self_attn.q_proj), queries_of(layer)  # type: ignore[union-attr]
+    rows = temperatures.repeat_interleave(projection.out_features // len(temperatures))
+    if norm is projection:
+        _multiply(projection.weight, rows[:, None])
+        if projection.bias is not None:
+            _multiply(projection.bias, rows)
+        return
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        if weight.numel() == len(rows) and _folds(norm, rows):
+            return
+        if len(set(temperatures.tolist())) == 1 and _folds(norm, rows[: weight.numel()]):
+            return
+    raise ValueError(
+        f"{type(norm).__name__} normalises the queries of all heads by one weight, so different temperatures don't "
+        "fold into it; fold gains, or use `applied_to`"
+    )
+
+
+def _folds(norm: nn.Module, by: Tensor) -> bool:
+    """Put multipliers of a norm's output into its weight, if that gives the same; some norms multiply by 1 + w."""
+    weight: Any = norm.weight
+    before, by = weight.detach().clone(), by.to(weight.device)
+    sample = torch.randn(3, len(by), generator=torch.Generator().manual_seed(0)).to(weight)
+    wanted = norm(sample).float() * by
+    for changed in (before.float() * by, (1 + before.float()) * by - 1):
+        weight.data = changed.to(before)
+        if torch.allclose(norm(sample).float(), wanted, rtol=1e-5 if before.dtype == torch.float32 else 2e-2):
+            return True
+    weight.data = before
+    return False
+
+
+def _multiply(parameter: Tensor, by: Tensor) -> None:
+    parameter.data = (parameter.float() * by.to(parameter.device)).to(parameter)

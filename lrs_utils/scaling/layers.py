@@ -1,0 +1,312 @@
+"""Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
+
+Puts the `tables` of each layer's factor (and temperature) on an unmodified Hugging Face model. Per-head
+numbers are `heads`. Where numbers come from is `bezier` and `searchers`; what they are worth is `scoring`; their files
+are `files`.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lrs_utils.models.turns import used_alone
+from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
+from lrs_utils.scaling.fold import fold_heads
+from lrs_utils.scaling.products import n_heads, refuse_unreachable_heads
+from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC, SCHEMES
+from lrs_utils.scaling.tables import PositionTables
+from lrs_utils.scaling.trial import N_TOKENS, layers_with_temperatures, obeys_factors, tried
+
+_MOST = 1e6  # of a factor or temperature: beyond it frequencies and logits overflow
+_scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
+
+
+@dataclass(frozen=True)
+class LayerScaling(Scaling):
+    """One factor (and optionally one temperature) for each decoder layer.
+
+    Layer l reads position m as m / s_l, for both queries and keys, so relative distances shrink by s_l.
+
+    Parameters
+    ----------
+    factors : sequence of float, shape (layers,)
+        s_l > 0. Above 1 attention decays more slowly with distance, below 1 faster; exactly 1 leaves the
+        layer's own tables in place, bit for bit. Layers without rotary positions (SmolLM3 has some) have
+        nothing to scale, so their factor changes nothing.
+    scheme : str
+        How a factor enters the frequencies: "pi" (the paper's: all are divided by s_l), "ntk" or "yarn", which keep
+        the high ones (`rope.scaled_frequencies`), or "dynamic_ntk", which stretches by what is read (`extension`).
+    temperatures : sequence of float, shape (layers,), optional
+        t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
+        single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
+    extension : float
+        L'/L, from 1 on: what the scheme stretches every layer by, below the factors, so that a model reads beyond its
+        window.
+    combine : str
+        How a factor comes on top of it (`rope.layer_frequencies`): "multiply", into the scheme, or "divide", after it.
+
+    Raises
+    ------
+    ValueError
+        A value that is not a positive finite number, an extension below 1, an unknown scheme or way to combine, or
+        lengths that differ.
+    """
+
+    factors: tuple[float, ...]
+    scheme: str = "pi"
+    temperatures: tuple[float, ...] | None = None
+    extension: float = 1.0
+    combine: str = "multiply"
+
+    def __init__(
+        self,
+        factors: Sequence[float],
+        scheme: str = "pi",
+        temperatures: Sequence[float] | None = None,
+        *,
+        extension: float = 1.0,
+        combine: str = "multiply",
+    ) -> None:
+        for name, value, known in (("scheme", scheme, (*SCHEMES, DYNAMIC)), ("combine", combine, COMBINATIONS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        if (_number(extension) or 0) < 1:
+            raise ValueError(f"extension is {extension!r}; it must be a number from 1 on")
+        object.__setattr__(self, "factors", _positive("factors", factors))
+        object.__setattr__(self, "scheme", scheme)
+        object.__setattr__(self, "extension", float(extension))
+        object.__setattr__(self, "combine", combine)
+        if temperatures is not None:
+            temperatures = _positive("temperatures", temperatures)
+            if len(temperatures) != len(self.factors):
+                raise ValueError(
+                    f"temperatures has {len(temperatures)} values but factors has {len(self.factors)}; "
+                    "give one of each per layer"
+                )
+            if all(t == 1.0 for t in temperatures):
+                temperatures = None  # the same scaling, so it must be the same value (and the same ledger key)
+        object.__setattr__(self, "temperatures", temperatures)
+
+    @classmethod
+    def uniform(cls, factor: float, num_layers: int, scheme: str = "pi", **options: Any) -> "LayerScaling":
+        """The same factor in each of `num_layers` layers; `options` as in `LayerScaling`."""
+        return cls((factor,) * num_layers, scheme, **options)
+
+    @classmethod
+    def identity(cls, num_layers: int) -> "LayerScaling":
+        """Factor 1 everywhere: the model as it was trained."""
+        return cls.uniform(1.0, num_layers)
+
+    @classmethod
+    def one_layer(cls, layer: int, factor: float, num_layers: int, scheme: str = "pi") -> "LayerScaling":
+        """Only one layer scaled (0-based), all others left unchanged."""
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer {layer} is outside the {num_layers} layers (0 to {num_layers - 1})")
+        return cls([factor if at == layer else 1.0 for at in range(num_layers)], scheme)
+
+    @property
+    def key(self) -> str:
+        """Canonical text of what this scaling computes: those that compute the same have the same."""
+        settings = self.settings
+        divided = {setting.scheme for setting in settings if setting.combine == "divide"}
+        if divided:
+            [head], factors = divided, self.factors
+            head += f" x{self.extension!r} /"
+        else:
+            factors = tuple(setting.factor for setting in settings)
+            head = next((setting.scheme for setting in settings if setting.scheme != UNSCALED.scheme), UNSCALED.scheme)
+        parts = [head, ",".join(map(repr, factors))]
+        if self.temperatures is not None:
+            parts.append(",".join(map(repr, self.temperatures)))
+        return "|".join(parts)
+
+    @classmethod
+    def from_key(cls, key: str) -> "LayerScaling":
+        """A scaling that computes what the key is of; an extension may have become part of its factors."""
+        head, factors, *temperatures = key.split("|")
+        values = [tuple(map(float, part.split(","))) for part in (factors, *temperatures)]
+        scheme, *divided = head.split(" ")
+        options: dict[str, Any] = {"extension": float(divided[0][1:]), "combine": "divide"} if divided else {}
+        return cls(values[0], scheme, values[1] if temperatures else None, **options)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
+        temperatures = self.temperatures or (1.0,) * len(self.factors)
+        return tuple(map(self._setting, self.factors, temperatures))
+
+    def _setting(self, factor: float, temperature: float) -> Setting:
+        """The simplest setting that computes this layer."""
+        if self.combine == "divide" and self.scheme != "pi" and factor != 1:
+            if self.scheme != DYNAMIC and self.extension == 1:
+                return Setting(factor, temperature)  # the division is all that is left
+            return Setting(factor, temperature, self.scheme, self.extension, "divide")
+        factor *= self.extension
+        return Setting(factor, temperature, UNSCALED.scheme if factor == 1 and self.scheme != DYNAMIC else self.scheme)
+
+    @property
+    def reach(self) -> float:
+        """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
+        lowest = min(self.factors)
+        if self.scheme != DYNAMIC:
+            return self.extension * lowest
+        if self.combine == "divide":  # of what is stretched as it is read
+            return math.inf if lowest >= 1 else lowest
+        return math.inf if self.extension * lowest >= 1 else 1.0
+
+    @contextmanager
+    def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
+        """Let `model` behave as scaled inside the `with` block: forward, `generate` and caches included.
+
+        Hooks replace the `position_embeddings` that each decoder layer receives; no weight or buffer changes,
+        and everything is removed again on exit, even after an error. Another thread that calls the model meanwhile
+        waits.
+
+        Parameters
+        ----------
+        length : int, optional
+            Of "dynamic_ntk": tokens that it stretches for. By default what the first forward pass of a sequence reads,
+            and the same for what comes after it (one sequence at a time, not interleaved): keys in the cache keep the
+            frequencies that they were rotated by, so the queries must too. (transformers changes them for each new
+            token, and old keys no longer fit.)
+
+        Raises
+        ------
+        ValueError
+            The number of factors is not the model's number of layers, the model is already scaled, or its
+            family can't be reached this way (named in the message); a length that is not positive or that the scheme
+            has no use for.
+        """
+        if length is not None and (length < 1 or self.scheme != DYNAMIC):
+            raise ValueError(f"length is {length} with scheme {self.scheme!r}; give 1 or more, to {DYNAMIC!r} only")
+        decoder = reachable_decoder(model)
+
+        def replace_for(setting: Setting, tables: PositionTables) -> Any:
+            def replace(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                return args, kwargs | {"position_embeddings": tables(kwargs.get("position_embeddings"), setting)}
+
+            return replace
+
+        with ExitStack() as stack:
+            stack.enter_context(used_alone(model))
+            self.refuse_misfit(model)
+            _scaled_decoders[decoder] = threading.get_ident()
+            stack.callback(_scaled_decoders.pop, decoder)
+            if not self.is_identity:
+                tables = stack.enter_context(PositionTables(model, length=length))
+                for layer, setting in zip(decoder.layers, self.settings, strict=True):
+                    if setting != UNSCALED:
+                        tables.prepare(setting)
+                        handle = layer.register_forward_pre_hook(replace_for(setting, tables), with_kwargs=True)
+                        stack.callback(handle.remove)
+            yield
+
+    def refuse_misfit(self, model: PreTrainedModel) -> None:
+        """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
+        decoder = reachable_decoder(model)
+        n_layers = len(decoder.layers)
+        if len(self.factors) != n_layers:
+            raise ValueError(f"factors has {len(self.factors)} values but {model_name(model)} has {n_layers} layers")
+        if _scaled_decoders.get(decoder) == threading.get_ident():
+            raise ValueError(f"{model_name(model)} is already scaled; leave the other `applied_to` block first")
+        if not self.is_identity:
+            _refuse_ignored_factors(model)
+        if self.temperatures is not None:
+            _refuse_idle_temperatures(model, self.temperatures)
+
+    def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of a model whose weights hold the temperatures; factors act on cos and sin, which no weight holds.
+
+        Raises
+        ------
+        ValueError
+            A factor or an extension that changes anything; temperatures where `HeadScaling.fold_into` refuses them.
+        """
+        changed = [at for at, setting in enumerate(self.settings) if setting._replace(temperature=1.0) != UNSCALED]
+        if changed:
+            raise ValueError(
+                f"the factor of layer {changed[0]} changes cos and sin, which no weight of {model_name(model)} holds; "
+                "use `applied_to`, or a scaling of head gains or temperatures"
+            )
+        self.refuse_misfit(model)
+        temperatures, heads = self.temperatures or (1.0,) * len(self.factors), n_heads(model)
+        settings = [UNSCALED._replace(head_temperatures=(t,) * heads if t != 1 else ()) for t in temperatures]
+        refuse_unreachable_heads(model, settings)
+        return fold_heads(model, settings)
+
+    def at_dose(self, dose: float) -> "LayerScaling":
+        """Factors and temperatures to the power of `dose`: 0 is no scaling, 1 this one."""
+        return replace(
+            self,
+            factors=tuple(float(round(f**dose, 5)) for f in self.factors),
+            temperatures=None if self.temperatures is None else tuple(round(t**dose, 5) for t in self.temperatures),
+        )
+
+
+def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    # a set or a mapping has no order, and layers have one
+    if isinstance(values, str | bytes | Set | Mapping) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name} must be a sequence of numbers, one a layer, not {values!r}")
+    checked = []
+    for layer, value in enumerate(values):
+        number = _number(value)
+        if number is None or not 0 < number <= _MOST:
+            raise ValueError(f"{name}[{layer}] is {value!r}; it must be a positive finite number, at most {_MOST:g}")
+        checked.append(number)
+    if not checked:
+        raise ValueError(f"{name} is empty; give one value for each decoder layer")
+    return tuple(checked)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float, whatever type it comes in."""
+    if isinstance(value, str | bytes | bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _refuse_ignored_factors(model: PreTrainedModel) -> None:
+    decoder = reachable_decoder(model)
+    halved = LayerScaling.uniform(2.0, len(decoder.layers)).applied_to(model)
+    if not tried(model, "factors", lambda: obeys_factors(model, halved), True):
+        raise ValueError(
+            f"{type(model).__name__} can't be scaled by layer: tried on {N_TOKENS} tokens, a factor of 2 does not "
+            "divide its positions by 2; it reads positions elsewhere than in the cos and sin that its layers get"
+        )
+
+
+def temperature_layers(model: PreTrainedModel) -> tuple[bool, ...]:
+    """In which layers a temperature, put into cos and sin, multiplies the attention logits, tried on a few tokens.
+
+    Not where there are no rotary positions, where a part of a head is rotated, or where a norm comes after rotation.
+    """
+    layers = reachable_decoder(model).layers
+
+    def hot(layer: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        cos, sin = given["position_embeddings"]
+        return layer.forward(*args, **given | {"position_embeddings": (2 * cos, 2 * sin)})
+
+    trial = partial(layers_with_temperatures, model, layers, hot)
+    return tried(model, "temperatures", trial, (True,) * len(layers))
+
+
+def _refuse_idle_temperatures(model: PreTrainedModel, temperatures: Sequence[float]) -> None:
+    for layer, (temperature, obeyed) in enumerate(zip(temperatures, temperature_layers(model), strict=True)):
+        if temperature != 1 and not obeyed:
+            raise ValueError(
+                f"temperatures[{layer}] is {temperature:g}, but in layer {layer} of {type(model).__name__} it would "
+                "not multiply the attention logits: cos and sin carry it, and that layer rotates no queries and keys, "
+                "or a part, or normalises them afterwards; leave it 1, or give heads temperatures (HeadScaling)"
+            )

@@ -1,0 +1,287 @@
+"""A context with all its questions as one row of tokens, and attention over such rows.
+
+The context comes first, then a branch for each question, without padding. A branch goes on where the context ends and
+sees only the context and itself, so the context is read once. Several contexts, and several copies of them for
+candidates, may be laid end to end in one row: they don't see each other, and no bit of a result depends on what lies
+next to it (`rounding_alike`).
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+
+from lrs_utils.models.decode import known_window
+from lrs_utils.models.load import LM
+from lrs_utils.tasks import Probe
+
+# oneDNN, which does a CPU's bfloat16 products, compiles code for every shape, most of a MiB each, and keeps
+# 1,024 of them by default, while every context has a different length. A context needs a few dozen.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+# Query rows (tokens x heads that share a key head) in a block of attention: on a CPU few enough that logits over some
+# thousand columns stay in the cache; anywhere no more than fit the bytes below.
+_BLOCK_ROWS = {"cpu": 768}
+_BLOCK_BYTES = 256 * 2**20
+# Tokens in a matrix product: fewer are slower, more are mostly padding if little is asked (CHOICES.md).
+PRODUCT_ROWS = {"cpu": 256, "cuda": 2048}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A probe as a row of tokens, on the CPU."""
+
+    ids: Tensor  # (tokens,)
+    positions: Tensor  # like ids
+    branch: Tensor  # like ids: 0 in the context, 1 and on in the branches; a branch sees the context before it
+    judged: Tensor  # (answer tokens of all questions,): where in the row each is predicted
+    targets: Tensor  # like judged: the token that should come
+    owner: NDArray[np.int64]  # like judged: its question
+
+    @property
+    def longest(self) -> int:
+        """Tokens from the beginning of the context to the end of the longest branch."""
+        return int(self.positions.max()) + 1
+
+
+def pack(lm: LM, probe: Probe, where: str) -> Packed:
+    """Tokenise every question with its context as it would be alone, and merge what they share.
+
+    Raises
+    ------
+    ValueError
+        An answer whose tokens don't follow its prompt's; `where` names the context.
+    """
+    texts = [probe.context + q.prompt + q.answer_prefix for q in probe.questions]
+    texts += [text + q.answer for text, q in zip(texts, probe.questions, strict=True)]
+    tokens = lm.tokenizer(texts)["input_ids"]
+    prompts, wholes = tokens[: len(probe.questions)], tokens[len(probe.questions) :]
+    for question, prompt, whole in zip(probe.questions, prompts, wholes, strict=True):
+        if not prompt:
+            raise ValueError(
+                f"nothing stands before the answer {question.answer!r:.60} at position {question.position} in {where}; "
+                "a model needs at least one token to go on from"
+            )
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise ValueError(
+                f"the answer {question.answer!r} at position {question.position} in {where} merges with its prompt's "
+                "last token; choose an answer_prefix that ends at a token boundary"
+            )
+        decoded = lm.tokenizer.decode(whole[len(prompt) :]) if question.prompt else question.answer  # a text goes on
+        if lost := {c for c in question.answer if not c.isspace()} - {*decoded}:
+            raise ValueError(
+                f"the answer {question.answer!r:.60} at position {question.position} in {where} has characters that "
+                f"the tokenizer can't encode ({' '.join(sorted(lost))}); choose another answer"
+            )
+    # the context's own tokens, whatever is asked: their number decides how they are rounded
+    ids = lm.tokenizer(probe.context)["input_ids"] or [0]
+    positions, branch = list(range(len(ids))), [0] * len(ids)
+    context, judged, targets, owner = ids.copy(), list[int](), list[int](), list[int]()
+    for q, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+        n = shared_prefix([context, prompt])  # its last token may merge with the question's first
+        judged += range(len(ids) + len(prompt) - n - 1, len(ids) + len(whole) - n - 1)
+        targets += whole[len(prompt) :]
+        owner += [q] * (len(whole) - len(prompt))
+        ids += whole[n:-1]
+        positions += range(n, len(whole) - 1)
+        branch += [q + 1] * (len(whole) - 1 - n)
+    tensor = torch.tensor
+    return Packed(tensor(ids), tensor(positions), tensor(branch), tensor(judged), tensor(targets), np.array(owner))
+
+
+def text_row(ids: Tensor, n_judged: int) -> Packed:
+    """The tokens of a text, of which the last `n_judged` are to be predicted."""
+    n = len(ids) - 1
+    positions, targets = torch.arange(n), ids[-n_judged:]
+    owner = np.zeros(n_judged, np.int64)
+    return Packed(ids[:-1], positions, torch.zeros_like(positions), positions[-n_judged:], targets, owner)
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each at least one of its own."""
+    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
+    return min(same, min(map(len, prompts)) - 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Query rows that are attended to together: part of a context, or one branch."""
+
+    first: int  # of the context's columns that they see
+    seen: int  # end of the columns that they see before their own
+    rows: slice  # in the layout; also their own columns
+    bias: Tensor  # 0 or -inf, (rows, last columns): nothing is hidden in the columns before
+    apart: bool  # a branch: its own columns don't follow those before
+
+
+class Layout:
+    """Packed probes laid end to end, in the form that attention needs."""
+
+    def __init__(self, packs: Sequence[Packed], device: torch.device) -> None:
+        starts = [0, *accumulate(len(p.ids) for p in packs)]
+        self.length = starts[-1]
+        self.ids, self.positions, self.targets = (
+            torch.cat([getattr(p, name) for p in packs]).to(device) for name in ("ids", "positions", "targets")
+        )
+        self.judged = torch.cat([p.judged + start for p, start in zip(packs, starts, strict=False)]).to(device)
+        n_asked = [int(p.owner.max()) + 1 for p in packs]
+        self.owner = np.concatenate(
+            [p.owner + before for p, before in zip(packs, accumulate(n_asked, initial=0), strict=False)]
+        )
+        self.contexts = [
+            slice(start, start + int((p.branch == 0).sum())) for p, start in zip(packs, starts, strict=False)
+        ]
+        self._packs, self._starts, self.longest = packs, starts, max(p.longest for p in packs)
+        self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
+        self._scratch = torch.empty(0)
+
+    def blocks(self, group: int, heads: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
+        """Blocks that cover all branches and, if asked, the contexts, for `heads` key heads at once, each with a group
+        of query heads. How a context is cut depends only on its own length."""
+        key = (group, heads, context, window, like.device, like.dtype)
+        if key not in self._blocks:
+            self._blocks[key] = [
+                _Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias, apart)
+                for pack, start in zip(self._packs, self._starts, strict=False)
+                for first, seen, rows, bias, apart in _blocks_of(pack, group, heads, context, window, like)
+            ]
+        return self._blocks[key]
+
+    def scratch(self, *shape: int, like: Tensor) -> Tensor:
+        """Two tensors of this shape to write to, in memory that is reused, since fresh pages are slow."""
+        size = 2 * math.prod(shape)
+        if self._scratch.numel() < size or self._scratch.dtype != like.dtype or self._scratch.device != like.device:
+            self._scratch = torch.empty(0)  # release the old memory first
+            self._scratch = like.new_empty(size)
+        return self._scratch[:size].view(2, *shape)
+
+
+def _blocks_of(
+    pack: Packed, group: int, heads: int, context: bool, window: int | None, like: Tensor
+) -> Iterator[tuple[int, int, slice, Tensor, bool]]:
+    n, *ends = pack.branch.bincount().cumsum(0).tolist()  # of the context and of each branch
+    most_bytes = _BLOCK_BYTES // (2 * like.element_size() * n * heads * group)
+    most_rows = max(1, min(_BLOCK_ROWS.get(like.device.type, 8192) // group, most_bytes))
+    cuts = [*range(0, n, most_rows)] if context else []
+    for a, b in pairwise([*cuts, n, *ends]):
+        seen = int(pack.positions[a])
+        first = 0 if window is None else max(0, seen - window + 1)
+        # without a window only their own columns can be hidden from these rows
+        columns = torch.cat([torch.arange(first if window is not None else seen, seen), torch.arange(a, b)])
+        distance = pack.positions[a:b, None] - pack.positions[columns]
+        visible = (distance >= 0) & (distance < (window or math.inf))
+        bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+        yield first, seen, slice(a, b), bias.to(like), a >= n
+
+
+class _RoundingAlike(TorchFunctionMode):
+    """Makes every projection multiply `PRODUCT_ROWS` tokens at a time, the last block padded with zeros."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return self._by_rows(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _by_rows(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows, most = values.reshape(-1, values.shape[-1]), PRODUCT_ROWS.get(values.device.type, 2048)
+        out = rows.new_empty(-(-len(rows) // most) * most, len(weight))
+        for first in range(0, len(out), most):
+            some = rows[first : first + most]
+            if len(some) < most:
+                some = torch.cat([some, some.new_zeros(most - len(some), some.shape[1])])
+            if bias is None:
+                torch.mm(some, weight.mT, out=out[first : first + most])
+            else:
+                torch.addmm(bias, some, weight.mT, out=out[first : first + most])
+        return out[: len(rows)].view(*values.shape[:-1], len(weight))
+
+
+def rounding_alike() -> TorchFunctionMode:
+    """While this is entered, a token's numbers are the same to the last bit whatever tokens lie next to it.
+
+    How a matrix product rounds a row depends on how many rows there are, since kernels differ by shape. So projections
+    get the same number of rows each time, and attention (`_attend_packed`) gets a context or one branch at a time.
+    """
+    return _RoundingAlike()
+
+
+_layout: ContextVar[Layout] = ContextVar("layout")
+
+
+@contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """Rows of tokens are copies of `layout` while this is entered."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def _attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | EllipsisType | None = ...,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
+    window = known_window(module, sliding_window, kwargs)
+    layout = _layout.get()
+    (_, heads, tokens, dim), kv_heads, value_dim = query.shape, key.shape[1], value.shape[3]
+    group, device = heads // kv_heads, query.device.type
+    # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (CHOICES.md)
+    fused = window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
+    scale = dim**-0.5 if scaling is None else scaling
+    out = query.new_empty(tokens, kv_heads, group, value_dim)
+    q = query.view(kv_heads, group, tokens, dim)
+    k, v = key[0].contiguous(), value[0].contiguous()
+    # for a context on a CPU, one key head at a time: its logits stay in the cache
+    head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(0, kv_heads)]
+    for start in range(0, tokens, layout.length):
+        for context in layout.contexts if fused else ():
+            at = slice(start + context.start, start + context.stop)
+            # keys are repeated for the heads that share them: not all of torch's fast kernels take them shared
+            k_seen, v_seen = (x[:, at].repeat_interleave(group, 0)[None] for x in (k, v))
+            whole = F.scaled_dot_product_attention(query[:, :, at], k_seen, v_seen, is_causal=True, scale=scale)
+            out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
+        for block in layout.blocks(group, head_parts[0].stop, not fused, window, query):
+            rows = slice(start + block.rows.start, start + block.rows.stop)
+            n_rows, n_hidden = block.bias.shape
+            for part in [slice(0, kv_heads)] if block.apart else head_parts:
+                if block.apart:
+                    seen = slice(start + block.first, start + block.seen)
+                    k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
+                else:
+                    k_seen, v_seen = (x[part, start + block.first : rows.stop] for x in (k, v))
+                # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
+                queries = q[part, :, rows].flatten(1, 2)
+                if queries.requires_grad:  # what a gradient needs can't be in reused memory
+                    logits, weights = torch.bmm(queries * scale, k_seen.mT), None
+                else:
+                    logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)
+                    torch.baddbmm(logits, queries, k_seen.mT, beta=0, alpha=scale, out=logits)
+                logits.view(-1, group, n_rows, logits.shape[2])[..., -n_hidden:] += block.bias
+                weights = torch.softmax(logits, -1, out=weights)
+                mixed = torch.bmm(weights, v_seen).view(-1, group, n_rows, value_dim)
+                out[rows, part] = mixed.permute(2, 0, 1, 3)
+    return out.flatten(1, 2)[None], None
+
+
+AttentionInterface.register("lrs_packed", _attend_packed)

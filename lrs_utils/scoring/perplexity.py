@@ -1,0 +1,106 @@
+"""Perplexity of long text in sliding windows (Press et al. 2021; the stride of 256 is YaRN's, 2309.00071)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lrs_utils.arguments import whole
+from lrs_utils.models.load import LM
+from lrs_utils.progress import Progress
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
+from lrs_utils.scoring.packing import Layout, text_row
+
+
+@torch.inference_mode()
+def window_nll(
+    lm: LM,
+    text: str,
+    lengths: Sequence[int],
+    *,
+    stride: int = 256,
+    n_windows: int | None = None,
+    first_end: int | None = None,
+    scaling: Scaling | None = None,
+    extrapolate: bool = False,
+) -> NDArray[np.float64]:
+    """How well a model predicts stretches of a text from a given number of tokens before them.
+
+    Every length is measured on the same stretches of `stride` tokens, each at the end of a window of that length, so
+    that lengths and scalings can be compared stretch by stretch. Perplexity is `np.exp(nll.mean(axis=1))`.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens in a window, the stretch included.
+    n_windows : int, optional
+        Stretches, spread evenly over the text; by default all, one after the other.
+    first_end : int, optional
+        Tokens of the text up to the end of the first stretch, by default the longest length: with the same one, calls
+        for different lengths measure the same stretches.
+    extrapolate : bool
+        Allow windows longer than the model's. Otherwise they are refused.
+
+    Returns
+    -------
+    float array, shape (lengths, windows)
+        Mean negative log-likelihood of a stretch, in nats a token.
+
+    Raises
+    ------
+    ValueError
+        A window beyond the model's, shorter than the stride, or longer than the text or than `first_end`.
+    """
+    scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
+    whole("stride", stride, least=1)
+    ids = _tokens(lm.tokenizer, text)
+    limit = lm.window * scaling.reach
+    for length in lengths:
+        if not stride < length <= len(ids):
+            raise ValueError(f"length {length:,} is not between stride + 1 ({stride + 1}) and the text's {len(ids):,}")
+        if length > limit and not extrapolate:
+            raise ValueError(
+                f"length {length:,} is beyond what {lm.name} reads, {int(limit):,} (window {lm.window:,} x "
+                f"{scaling.reach:g}); use extrapolate=True to go beyond the window"
+            )
+    first_end = first_end or max(lengths)
+    if not max(lengths) <= first_end <= len(ids):
+        raise ValueError(
+            f"first_end {first_end:,} is not between {max(lengths):,} (a length) and the text's {len(ids):,}"
+        )
+    ends = np.arange(first_end, len(ids) + 1, stride)
+    if n_windows is not None:
+        if not 1 <= n_windows <= len(ends):
+            raise ValueError(f"n_windows is {n_windows}; the text has 1 to {len(ends)}")
+        ends = ends[np.linspace(0, len(ends) - 1, n_windows).round().astype(int)]
+    scaling.refuse_misfit(lm.model)
+    refuse_unscorable(lm)
+    nll = np.zeros((len(lengths), len(ends)))
+    settings = scaling.settings
+    with (
+        PackedForward(lm, scaled=not scaling.is_identity) as forward,
+        Progress(nll.size, "perplexity").entered() as bar,
+    ):
+        for row, length in enumerate(lengths):
+            for column, end in enumerate(ends):
+                layout = Layout([text_row(ids[end - length : end], stride)], lm.model.device)
+                hidden = forward.embed(layout)
+                for layer, setting in enumerate(settings):
+                    hidden = forward.run(layer, hidden, [setting])
+                logits = forward.logits(hidden[0, layout.judged])
+                nll[row, column] = F.cross_entropy(logits, layout.targets).item()
+                bar.advance(1)
+    return nll
+
+
+@lru_cache(maxsize=16)
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """A book takes longer to split than a small model to read a window of it."""
+    return torch.tensor(tokenizer(text)["input_ids"])

@@ -1,0 +1,1 @@
+"""Searches for scalings: the engine, its objectives, and each method."""

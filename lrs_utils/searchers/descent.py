@@ -1,0 +1,228 @@
+"""The search that follows the gradient of the nll downhill, in numbers of layers or heads (ours, not the paper's)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lrs_utils.arguments import number, whole
+from lrs_utils.models.load import LM
+from lrs_utils.progress import Progress
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.heads import HeadScaling
+from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scoring.ledger import Ledger
+from lrs_utils.scoring.packing import pack
+from lrs_utils.searchers.curves import Fitness
+from lrs_utils.searchers.gradient import PRICE, gradient_key, nll_gradient
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, layers_and_heads, numbers_of, refuse_space
+from lrs_utils.tasks import Probe, Suite
+
+
+class GradientSearch:
+    """Adam on the logs of numbers of layers or heads, one context of each suite a step (ours, not the paper's).
+
+    `search` gives it candidates to judge: the scaling after every few steps, so the stopping point is chosen by
+    whatever objective and suite the search is told, which may differ from those followed downhill here.
+
+    Parameters
+    ----------
+    lm : LM
+    suites : Suite or sequence of Suite
+        What the nll is taken of. Each context is drawn once before any is drawn a second time.
+    weights : sequence of float, optional
+        Of the suites' nll in their sum; 1 each by default.
+    vary : str
+        What is learned, a name of `numbers.SPACES`: "factors", "temperatures" or "both" (of layers),
+        "head_temperatures", "head_gains" or "heads" (both), "outputs".
+    start : Scaling, optional
+        No scaling by default. Its scheme (not "yarn") and extension are kept.
+    steps : int
+        The rate falls to 0 over them, as half a cosine.
+    rate, temperature_rate : float
+        Adam's, of the logs; that of temperatures of layers by itself.
+    bounds : (low, high), optional
+        Of factors; by default only that the longest context fits into the window, with a tenth to spare (not with
+        `extrapolate`).
+    every : int
+        Steps between candidates.
+    questions : int, optional
+        At most so many questions of a context in a step, drawn again each time and spread over depth: a cheaper step.
+    extrapolate : bool
+        Allow contexts longer than the window.
+    ledger : Ledger, optional
+        Gradients found there are not computed again: a search that was killed resumes where it was.
+    seed : int
+        Of the order of contexts.
+    progress : Progress, optional
+        Advanced by `gradient.PRICE` for every context; without it each `ask` shows its own.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        suites: Suite | Sequence[Suite],
+        *,
+        weights: Sequence[float] | None = None,
+        vary: str = "both",
+        start: Scaling | None = None,
+        steps: int = 60,
+        rate: float = 0.02,
+        temperature_rate: float = 0.02,
+        bounds: tuple[float, float] | None = None,
+        every: int = 10,
+        questions: int | None = None,
+        extrapolate: bool = False,
+        ledger: Ledger | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        _refuse_bad(
+            vary, bounds, steps=steps, every=every, questions=questions, rate=rate, temperature_rate=temperature_rate
+        )
+        self._suites = [suites] if isinstance(suites, Suite) else list(suites)
+        self._weights = [1.0] * len(self._suites) if weights is None else list(weights)
+        if len(self._weights) != len(self._suites):
+            raise ValueError(f"weights has {len(self._weights)} values for {len(self._suites)} suites")
+        self._lm, self._start = lm, LayerScaling.identity(lm.num_layers) if start is None else start
+        self._bounds = _widest(lm, self._suites, self._start, extrapolate) if bounds is None else bounds
+        self._extrapolate, self._progress, self._ledger = extrapolate, progress, ledger
+        self._steps, self._every, self._questions = steps, every, questions
+        self._values = numbers_of(self._start, lm)
+        self._learn(vary)
+        refuse_space(lm, vary)
+        rates = {"temperatures": temperature_rate}
+        groups = [{"params": [row], "lr": rates.get(name, rate)} for name, row in self._logs.items()]
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
+        rng = np.random.default_rng(seed)
+        self._order = [_orders(rng.spawn(1)[0], len(suite.probes)) for suite in self._suites]
+        self._drawn = rng.spawn(1)[0]
+        self._begun = False
+        self.nll: list[list[float]] = []  # of each step, suite by suite
+        self.gradients: list[NDArray[np.float64]] = []  # of each step, (rows, layers), and where it was taken
+        self.visited: list[Scaling] = []
+        self.filed: list[str] = []  # keys of the gradients, as `gradient_key` makes them
+
+    def _learn(self, vary: str) -> None:
+        """The logs of what a space learns, and the numbers whose gradient that takes."""
+        self._numbers = tuple(name.removeprefix("=") for name in SPACES[vary])
+        if {*LAYER_NUMBERS} & {*self._numbers}:
+            self._numbers = LAYER_NUMBERS  # one gradient for all searches of layers
+        self._logs: dict[str, Tensor] = {}
+        self._base: dict[str, Any] = {}  # what their exponentials multiply
+        for name in SPACES[vary]:
+            values = torch.tensor(self._values[name.removeprefix("=")], dtype=torch.float32)
+            if name[0] == "=":
+                self._base[name[1:]], values = self._values[name[1:]], torch.ones(1, self._lm.num_layers)
+            self._logs[name.removeprefix("=")] = values.log().requires_grad_()
+
+    @property
+    def answers(self) -> int:
+        """What the steps so far cost, in answers scored."""
+        asked = sum(min(suite.n_questions, self._questions or suite.n_questions) for suite in self._suites)
+        return PRICE * len(self.nll) * asked
+
+    @property
+    def scaling(self) -> Scaling:
+        """Where the search is."""
+        return self._with(
+            {
+                name: self._base.get(name, 1.0) * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
+                for name, logs in self._logs.items()
+            }
+        )
+
+    def _with(self, changed: Mapping[str, NDArray[np.float64]]) -> Scaling:
+        """The start with some numbers changed."""
+        values, (layers, heads) = self._values | {**changed}, layers_and_heads(self._start, self._lm)
+        layers = replace(layers, factors=values["factors"][0], temperatures=values["temperatures"][0])
+        if heads is None and not {*HEAD_NUMBERS} & {*changed}:
+            return layers
+        of_heads = [values[name].T for name in ("head_temperatures", "head_gains")]
+        return HeadScaling(*of_heads, mlp_gains=values["mlp_gains"][0], layers=layers)
+
+    def ask(self) -> list[Scaling]:
+        """The start, then where the next few steps lead."""
+        if not self._begun:
+            self._begun = True
+            return [self._start]
+        left = min(self._every, self._steps - len(self.nll))
+        bar = self._progress or Progress(left * len(self._suites) * PRICE, "gradient")
+        with bar.entered():
+            for _ in range(left):
+                self._step(bar)
+        return [self.scaling] if left else []
+
+    def tell(self, candidates: Sequence[Scaling], fitness: Sequence[Fitness]) -> None:
+        """The way downhill does not depend on it."""
+
+    def _asking_some(self, probe: Probe) -> Probe:
+        if self._questions is None or len(probe.questions) <= self._questions:
+            return probe
+        by_depth = sorted(range(len(probe.questions)), key=lambda q: probe.questions[q].position)
+        some = [int(self._drawn.choice(part)) for part in np.array_split(by_depth, self._questions)]
+        return replace(probe, questions=tuple(probe.questions[q] for q in sorted(some)))
+
+    def _step(self, bar: Progress) -> None:
+        scaling, parts, losses = self.scaling, [], []
+        for suite, weight, order in zip(self._suites, self._weights, self._order, strict=True):
+            probe = self._asking_some(suite.probes[next(order)])
+            nll, gradient = nll_gradient(
+                self._lm, probe, scaling, self._numbers, extrapolate=self._extrapolate, ledger=self._ledger
+            )
+            layers, _ = layers_and_heads(scaling, self._lm)
+            self.filed.append(gradient_key(probe, layers.scheme, layers.combine, self._numbers))
+            losses.append(nll)
+            parts.append(weight * gradient)
+            bar.advance(PRICE)
+        total = np.sum(parts, axis=0)
+        by_number = np.split(total, np.cumsum([len(self._values[name]) for name in self._numbers])[:-1])
+        for name, gradient in zip(self._numbers, by_number, strict=True):
+            if (logs := self._logs.get(name)) is not None:
+                tied = len(logs) < len(gradient)
+                logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if tied else gradient, dtype=logs.dtype)
+        self._adam.step()
+        self._cosine.step()
+        if "factors" in self._logs:
+            self._logs["factors"].data.clamp_(*map(math.log, self._bounds))
+        self.visited.append(scaling)
+        self.nll.append(losses)
+        self.gradients.append(total)
+        shown = ", ".join(f"{value:.3f}" for value in losses)
+        bar.advance(0, f"step {len(self.nll)} of {self._steps}, nll {shown}")
+
+
+def _orders(rng: np.random.Generator, n: int) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(n).tolist()
+
+
+def _refuse_bad(
+    vary: str, bounds: tuple[float, float] | None, *, steps: int, every: int, questions: int | None, **rates: float
+) -> None:
+    if vary not in SPACES:
+        raise ValueError(f"vary is {vary!r}; choose one of {', '.join(SPACES)}")
+    for name, value in (("steps", steps), ("every", every), ("questions", questions)):
+        if value is not None:
+            whole(name, value, least=1)
+    for name, rate in rates.items():
+        number(name, rate, above=0)
+    if bounds is not None and not 0 < bounds[0] < bounds[1]:
+        raise ValueError(f"bounds is {bounds}; factors need 0 < low < high")
+
+
+def _widest(lm: LM, suites: Sequence[Suite], start: Scaling, extrapolate: bool) -> tuple[float, float]:
+    """Bounds of factors that only keep the longest context within the window, and the start within them."""
+    layers, _ = layers_and_heads(start, lm)
+    low = 0.0
+    if not extrapolate:
+        longest = max(pack(lm, probe, "a context").longest for suite in suites for probe in suite.probes)
+        reach = replace(layers, factors=(1.0,) * lm.num_layers).reach
+        low = 1.1 * longest / (lm.window * (reach if math.isfinite(reach) else 1.0))
+    return min(max(low, 1e-3), *layers.factors), math.inf

@@ -1,0 +1,164 @@
+"""The gradient of a context's nll with respect to numbers of layers and heads.
+
+A factor enters a model through one layer's cos and sin, a head's numbers multiply its activations, so the nll of an
+answer can be differentiated in all of them at once, for about the cost of four forward passes (one to compute
+activations again instead of keeping them). Ours; the paper (2503.04355) searches without gradients.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lrs_utils.models.load import LM
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
+from lrs_utils.scoring.ledger import Ledger
+from lrs_utils.scoring.packing import Layout, pack
+from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, layers_and_heads, numbers_of
+from lrs_utils.tasks import Probe
+
+_KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice
+PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
+
+
+def nll_gradient(
+    lm: LM,
+    probe: Probe,
+    scaling: Scaling,
+    numbers: Sequence[str] = LAYER_NUMBERS,
+    *,
+    extrapolate: bool = False,
+    ledger: Ledger | None = None,
+) -> tuple[float, NDArray[np.float64]]:
+    """The nll of a context's questions, and its derivative by the logs of numbers.
+
+    Activations are kept while they are small; else only the layers' inputs are, and the rest is computed twice.
+
+    Parameters
+    ----------
+    probe : Probe
+        A context; the nll is the mean over its questions, as `score` measures it.
+    numbers : sequence of str
+        Which of `numbers_of` to differentiate by: factors and temperatures of layers by default.
+    extrapolate : bool
+        Allow a context longer than the window.
+    ledger : Ledger, optional
+        Known gradients are read from it, and new ones written to it.
+
+    Returns
+    -------
+    nll : float
+        In nats.
+    gradient : float array, shape (rows, layers)
+        By the logs of each of `numbers` in turn: one row for a number of a layer, one a head for numbers of heads.
+
+    Raises
+    ------
+    ValueError
+        Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
+    """
+    layers, _ = layers_and_heads(scaling, lm)
+    if layers.scheme == "yarn":
+        raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
+    scaling.refuse_misfit(lm.model)
+    filed = gradient_key(probe, layers.scheme, layers.combine, numbers)
+    if ledger is not None:
+        known = ledger.find_gradient(lm.fingerprint, scaling.key, filed)
+        if known is not None:
+            return known
+    result = _differentiated(lm, probe, scaling, numbers, extrapolate)
+    if ledger is not None:
+        result = ledger.record_gradient(lm.fingerprint, scaling.key, filed, *result)
+    return result
+
+
+def gradient_key(probe: Probe, scheme: str, combine: str = "multiply", numbers: Sequence[str] = LAYER_NUMBERS) -> str:
+    """What a context's gradient is filed under: by what it is taken of, and by the way that factors enter, which a key
+    without factors leaves out."""
+    scheme += " /" * (combine == "divide")
+    if tuple(numbers) != LAYER_NUMBERS:
+        scheme += " " + " ".join(numbers)
+    return hashlib.sha256("|".join((scheme, *probe.keys)).encode()).hexdigest()[:16]
+
+
+def _differentiated(
+    lm: LM, probe: Probe, scaling: Scaling, numbers: Sequence[str], extrapolate: bool
+) -> tuple[float, NDArray[np.float64]]:
+    packed = pack(lm, probe, "a context")
+    if not extrapolate:
+        refuse_beyond_window(lm, packed.longest, scaling, "a context")
+    length = context_tokens(lm, probe) if scaling.stretches_by_length else None
+    refuse_unscorable(lm)
+    layout, device = Layout([packed], lm.model.device), lm.model.device
+    now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
+    changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
+    now |= {name: change.exp() * now[name] for name, change in changes.items()}
+    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
+        states = _last_states(lm, forward, layout, scaling, now, numbers)
+        nll = _mean_nll(forward, layout, packed.owner, states)
+        gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
+    if not gradient.isfinite().all():
+        raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
+    return nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
+
+
+def _last_states(
+    lm: LM,
+    forward: PackedForward,
+    layout: Layout,
+    scaling: Scaling,
+    now: Mapping[str, Tensor],
+    numbers: Sequence[str],
+) -> Tensor:
+    """The last layer's output where the numbers are `now`, in a form that `numbers` can be differentiated through."""
+    layers, _ = layers_and_heads(scaling, lm)
+    through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
+    of_layers = bool({*LAYER_NUMBERS} & {*numbers})
+    with torch.no_grad():
+        hidden = forward.embed(layout)
+    for at, setting in enumerate(scaling.settings):
+        table: tuple[Tensor, Tensor] | None
+        if of_layers:
+            table = forward.differentiable_table(at, layers, *(now[name][0, at] for name in LAYER_NUMBERS))
+        else:
+            table = forward.table(at, setting)
+        by = [v[None] if n in numbers or (v != 1).any() else None for n in HEAD_NUMBERS for v in [now[n][:, at]]]
+        hidden = through(forward.run_with, at, hidden, table, *by)
+    return hidden
+
+
+def _mean_nll(forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor) -> Tensor:
+    """The mean over questions of their answers' mean nll."""
+    at_tokens = layout.judged.to(states.device)
+    pieces = (torch.split(x, 256) for x in (states[0, at_tokens], layout.targets.to(states.device)))
+    losses = [_computed_twice(_losses, forward, *piece) for piece in zip(*pieces, strict=True)]
+    owner = torch.as_tensor(owners, device=at_tokens.device)
+    n_tokens = owner.bincount()
+    return (torch.cat(losses) / n_tokens[owner]).sum() / len(n_tokens)
+
+
+def _kept(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)
+
+
+def _computed_twice(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _activation_bytes(lm: LM, n_tokens: int) -> int:
+    """About what a forward pass keeps for its gradient: measured on SmolLM2, 50 KB a token and layer in float32."""
+    config = lm.model.config.get_text_config()
+    numbers = 10 * config.hidden_size + 4 * config.intermediate_size
+    return int(n_tokens * lm.num_layers * numbers * lm.model.dtype.itemsize)
+
+
+def _losses(forward: PackedForward, states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(forward.logits(states), targets, reduction="none")

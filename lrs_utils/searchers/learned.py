@@ -1,0 +1,63 @@
+"""The numbers of layers and heads that a search by gradient may learn, and which of them together."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrs_utils.models.load import LM
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.heads import HeadScaling
+from lrs_utils.scaling.layers import LayerScaling, temperature_layers
+
+LAYER_NUMBERS, HEAD_NUMBERS = ("factors", "temperatures"), ("head_temperatures", "head_gains", "mlp_gains")
+
+# What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
+SPACES = {
+    "factors": ("factors",),
+    "temperatures": ("temperatures",),
+    "both": LAYER_NUMBERS,
+    "head_temperatures": ("head_temperatures",),
+    "head_gains": ("head_gains",),
+    "heads": ("head_temperatures", "head_gains"),
+    "outputs": ("=head_gains", "mlp_gains"),  # as many numbers as "both", none of positions: a control
+}
+
+
+def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
+    """A scaling's numbers by name, each of shape (rows, layers): one row for a number of a layer, one for each head."""
+    layers, heads = layers_and_heads(scaling, lm)
+    n_heads, ones = int(lm.model.config.get_text_config().num_attention_heads), np.ones(lm.num_layers)
+    given = {
+        "factors": layers.factors,
+        "temperatures": layers.temperatures,
+        "head_temperatures": None if heads is None or heads.temperatures is None else np.transpose(heads.temperatures),
+        "head_gains": None if heads is None or heads.gains is None else np.transpose(heads.gains),
+        "mlp_gains": None if heads is None else heads.mlp_gains,
+    }
+    rows = {name: n_heads if name in ("head_temperatures", "head_gains") else 1 for name in given}
+    return {
+        name: np.tile(ones, (rows[name], 1)) if values is None else np.array(values, float).reshape(rows[name], -1)
+        for name, values in given.items()
+    }
+
+
+def refuse_space(lm: LM, vary: str) -> None:
+    """Raise the ValueError that names a family which can't have the numbers of a space."""
+    twos = {
+        name: np.full_like(values, 2.0).T
+        for name, values in numbers_of(LayerScaling.identity(lm.num_layers), lm).items()
+    }
+    names = {name.removeprefix("=") for name in SPACES[vary]}
+    if "temperatures" in names:
+        obeyed = temperature_layers(lm.model)  # where they are idle there is no gradient, and they stay 1
+        some = [2.0 if here or not any(obeyed) else 1.0 for here in obeyed]
+        LayerScaling((1.0,) * lm.num_layers, temperatures=some).refuse_misfit(lm.model)
+    heads = [twos[name] if name in names else None for name in ("head_temperatures", "head_gains")]
+    if {*HEAD_NUMBERS} & names:
+        HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)
+
+
+def layers_and_heads(scaling: Scaling, lm: LM) -> tuple[LayerScaling, HeadScaling | None]:
+    """A scaling's part of layers, no scaling where it has none, and its part of heads."""
+    heads = scaling if isinstance(scaling, HeadScaling) else None
+    layers = scaling if heads is None else heads.layers
+    return (layers if isinstance(layers, LayerScaling) else LayerScaling.identity(lm.num_layers)), heads

