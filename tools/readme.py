@@ -72,7 +72,9 @@ def _expect() -> list[dict[str, str]]:
             100 * text["change"] / text["no scaling"], found["search", "seconds"]["found"],
         )
     ]  # fmt: skip
-    together = [row for row in _rows("spaces") if (row["space"], row["searched on"], row["seed"]) == (AUTO, "both", 0)]
+    together = [
+        row for row in _rows("spaces") if (row["space"], row["searched on"], row["seed"]) == (AUTO[0], "both", 0)
+    ]
     for row in together:
         for keys, task in {"uuid": "kv-uuid-20, together", "short": "kv-short-40, together"}.items():
             values = [row[f"{keys}: {name}"] for name in ("no scaling", "found", "points", "low", "high")]

@@ -119,11 +119,13 @@ class Found:
         others : mapping of name to Outcomes, optional
             Outcomes of other scalings on the test contexts (`judged.tasks[0]`), each drawn as a further line.
         """
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), width_ratios=(1.2, 1))
+        n_maps = 1 + bool(isinstance(self.scaling, HeadScaling) and self.scaling.gains and self.scaling.temperatures)
+        ratios = (1.2, *[1] * n_maps)
+        figure, (left, *maps) = plt.subplots(1, 1 + n_maps, figsize=(5.2 + 4.3 * n_maps, 3.2), width_ratios=ratios)
         suite, (before, after) = self.judged.tasks[0], (found[0] for found in self.judged.outcomes)
         draw_by_depth({"no scaling": before, "found": after, **(others or {})}, left)
         left.set_title(f"{self.lm.name}, {suite.name}", loc="left")
-        draw_numbers(self.scaling, right)
+        draw_numbers(self.scaling, maps)
         return figure
 
     def save(self, path: str | Path) -> None:
@@ -175,18 +177,20 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="depth of the answer (0 beginning, 1 end)", ylabel="accuracy")
 
 
-def draw_numbers(scaling: Scaling, ax: Axes) -> None:
-    """A scaling's numbers: a map of layers and heads, or factors and temperatures over layers."""
+def draw_numbers(scaling: Scaling, axes: Sequence[Axes]) -> None:
+    """A scaling's numbers: a map of layers and heads for each kind, or factors and temperatures over layers."""
     if isinstance(scaling, HeadScaling) and (scaling.gains or scaling.temperatures):
-        name = "gain" if scaling.gains else "temperature"
-        values = np.log2(np.array(scaling.gains or scaling.temperatures)).T
-        limit = float(np.abs(values).max())
-        bar = {"label": f"log2 of head {name}"}
-        sns.heatmap(values, cmap="vlag", vmin=-limit, vmax=limit, ax=ax, cbar_kws=bar, xticklabels=5)
-        ax.tick_params(axis="x", rotation=0)
-        ax.set(xlabel="layer", ylabel="head")
-        ax.set_title(f"one {name} per head", loc="left")
+        kinds = {"gain": scaling.gains, "temperature": scaling.temperatures}
+        for ax, (name, numbers) in zip(axes, ((n, v) for n, v in kinds.items() if v), strict=True):
+            values = np.log2(np.array(numbers)).T
+            limit = float(np.abs(values).max())
+            bar = {"label": f"log2 of head {name}"}
+            sns.heatmap(values, cmap="vlag", vmin=-limit, vmax=limit, ax=ax, cbar_kws=bar, xticklabels=5)
+            ax.tick_params(axis="x", rotation=0)
+            ax.set(xlabel="layer", ylabel="head")
+            ax.set_title(f"one {name} per head", loc="left")
         return
+    [ax] = axes
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
     if isinstance(layers, LayerScaling):
         ax.plot(layers.factors, color="#0173b2")

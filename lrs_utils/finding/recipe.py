@@ -8,6 +8,7 @@ the dose; test contexts, which nothing has seen, are scored once.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from lrs_utils.finding.stages import Run
 from lrs_utils.models.download import cache_folder
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
+from lrs_utils.scaling.fold import can_fold_temperatures
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.learned import SPACES, refuse_space
 from lrs_utils.tasks import Suite, long_texts
 
-AUTO = "head_gains"  # these gain most so far, and fold into every tested family (CHOICES.md)
+AUTO = ("heads", "head_gains")  # the first that a family can have: what gains most (data/results/spaces.csv)
 _RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # for layers; the numbers of heads use 0.05
 
 
@@ -57,8 +59,8 @@ def find_scaling(
         `partial(tasks.kv_retrieval, 40, keys="short")`. A suite, or your own file (`tasks.from_jsonl`), is divided into
         search, validation and test contexts.
     space : str
-        Which numbers are learned, a name of `numbers.SPACES`, "layers" (factors and temperatures of layers), or
-        "auto": head gains.
+        Which numbers are learned, a name of `learned.SPACES`, "layers" (factors and temperatures of layers), or
+        "auto": gains and temperatures of heads, or gains alone in a family whose head temperatures don't fold.
     max_perplexity_rise : float
         Largest rise of perplexity on the validation texts, its standard error included, as a share: 0.01 is 1 %.
     minutes : float, optional
@@ -98,8 +100,7 @@ def find_scaling(
     _refuse_bad(space, max_perplexity_rise, minutes, steps, contexts, {"stretches": stretches, "questions": questions})
     started = time.monotonic()
     given = [task] if isinstance(task, str | Path | Suite) or callable(task) else list(task)
-    vary = {"auto": AUTO, "layers": "both"}.get(space, space)
-    refuse_space(lm, vary)
+    vary = _choose_space(lm, space)
     ledger = Ledger(cache_folder() / "ledger.sqlite") if ledger is None else ledger
     texts = default_texts() if texts is None else dict(texts)
     if not texts:
@@ -122,6 +123,17 @@ def find_scaling(
     seconds = float(run.note_once("seconds", about, f"{time.monotonic() - started:.1f}"))
     table = tabulate(judged, seconds=seconds, answers=run.answers)
     return Found(lm, scaling, table, choices, judged, about, run.evidence)
+
+
+def _choose_space(lm: LM, space: str) -> str:
+    if space == "auto":
+        with suppress(ValueError):
+            refuse_space(lm, AUTO[0])
+            if can_fold_temperatures(lm.model):
+                return AUTO[0]
+    vary = {"auto": AUTO[1], "layers": "both"}.get(space, space)
+    refuse_space(lm, vary)
+    return vary
 
 
 def default_texts() -> dict[str, str]:

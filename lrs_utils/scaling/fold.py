@@ -35,6 +35,13 @@ def fold_heads(model: PreTrainedModel, settings: Sequence[Setting]) -> PreTraine
     return plain
 
 
+def can_fold_temperatures(model: PreTrainedModel) -> bool:
+    """Whether temperatures that differ between heads fold into weights: heads share no query norm."""
+    layers: list[Any] = [*reachable_decoder(model).layers]
+    norms: list[tuple[Any, Any]] = [(layer.self_attn.q_proj, queries_of(layer)) for layer in layers]
+    return all(norm is query or norm.weight.numel() == query.out_features for query, norm in norms)
+
+
 def _linear(module: Any) -> nn.Linear:
     if type(module) is not nn.Linear:
         raise ValueError(f"{type(module).__name__} is no plain linear layer, so nothing folds into it exactly")
