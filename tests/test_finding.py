@@ -166,7 +166,8 @@ def test_where_nothing_helps_there_is_no_scaling_and_the_sentence_says_so(tiny, 
     result = find()
     assert result.scaling == LayerScaling.identity(2)
     assert re.fullmatch(
-        r"No head gains and temperatures helped tiny-llama on kv-short-3 within the limits, so the result is no scaling\.",
+        r"No head gains and temperatures helped tiny-llama on kv-short-3 within the limits, so the result is no "
+        r"scaling\.",
         str(result),
     )
     assert set(result.choices["verdict"]) == {"gain within chance"}
