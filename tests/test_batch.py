@@ -139,7 +139,8 @@ def test_an_interrupt_stops_the_running_notebook_and_tells_what_was_done(collect
     notebook(collection / "notebooks", "02_fails", code)
     notebook(collection / "notebooks", "03_prints", f"open({never!r}, 'w')")
     command = (
-        "import pathlib, sys; sys.path.insert(0, sys.argv[2]); import reproduce; "
+        "import pathlib, signal, sys; sys.path.insert(0, sys.argv[2]); import reproduce; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where tests run in the background
         "reproduce.ROOT = pathlib.Path(sys.argv[1]); sys.exit(reproduce.main(['--profile', 'smoke']))"
     )
     parent = subprocess.Popen(

@@ -249,10 +249,13 @@ def test_undo_and_redo(page):
 
 
 def test_saved_factors_are_those_shown(page, lab):
-    shown = factors(page)
+    shown, file = factors(page), lab[1] / "my-factors.json"
     page.get_by_role("button", name="Save factors").click()
-    expect_status(page, "saved my-factors.json")
-    assert list(load_factors(lab[1] / "my-factors.json").factors) == shown
+    for _ in range(300):  # not the status, which a measurement that ends just then writes over
+        if file.exists():
+            break
+        page.wait_for_timeout(100)
+    assert list(load_factors(file).factors) == shown
 
 
 def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
