@@ -18,15 +18,15 @@ from lrs_utils.notebook import ROOT, revision, versions
 FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 24, "steps": 12, "rate": 0.05, "text_weight": 3.0, "questions": 8}
 TRIED: dict[str, dict[str, Any]] = {
     "the demo's": {},
+    "gains alone": {"space": "head_gains"},
+    "temperatures alone": {"space": "head_temperatures"},
     "text weight 1": {"text_weight": 1.0},
-    "text weight 6": {"text_weight": 6.0},
     "6 steps": {"steps": 6},
     "24 steps": {"steps": 24},
     "rate 0.1": {"rate": 0.1},
-    "40 pairs": {"n_pairs": 40},
+    "text weight 6": {"text_weight": 6.0},
     "16 search contexts": {"contexts": (16, 6, 12)},
-    "temperatures of heads": {"space": "head_temperatures"},
-    "temperatures and gains": {"space": "heads"},
+    "40 pairs": {"n_pairs": 40},
     "10 UUID pairs": {"keys": "uuid", "n_pairs": 10},
 }
 SIZES: dict[str, Any] = {"contexts": (8, 6, 12), "stretches": 5}
