@@ -2,8 +2,8 @@
 
     python tools/measure_free_text.py lrs_utils/data/factors/smollm2-135m/kv-short-40.json
 
-Writes data/results/free_text.csv: a row for each scaling, dose and seed; greedy text of different seeds differs by rounding alone (it is
-decoded beside what is drawn).
+Writes data/results/free_text.csv: a row for each scaling, dose and seed. Greedy text of different seeds
+differs by rounding alone: it is decoded beside what is drawn.
 """
 
 import argparse
