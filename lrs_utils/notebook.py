@@ -1,19 +1,21 @@
 """What a notebook's session needs: its profile and parameters, the ledger, tables, and where results go.
 
-A notebook declares its parameters (cell tagged `parameters`) and calls `begin`. Those left None come from
-`notebooks/profiles/<profile>.yaml`; a misspelt name or a wrong type stops the run. `tools/reproduce.py` runs all
-notebooks.
+A notebook declares its parameters (cell tagged `parameters`; the values are those of the profile "cpu") and calls
+`begin`, which stops a misspelt name or a wrong type. Parameters of another profile come from its file, by
+`papermill -f notebooks/profiles/smoke/06.yaml`. `tools/reproduce.py` runs all notebooks.
 """
 
+import ast
 import hashlib
 import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import typing
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -35,7 +37,6 @@ AGAIN = "again"  # the folder, below a run's, for pieces of tables measured agai
 RESULTS_FOLDER = "LRS_RESULTS"  # the variable that says where results go
 _SAMPLE = 20  # outcomes to forget behind each notebook
 _SHIPPED = ".outcomes.csv.gz"
-_IPYTHON_NAMES = {"In", "Out"}
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,23 @@ class Run:
 
     Attributes
     ----------
-    settings : mapping
-        The profile's values, overridden by the notebook's parameters.
-    overridden : mapping
-        Parameters that differ from the profile's.
+    values : mapping
+        Its parameters, and the profile's settings.
+    overridden, changed : mapping
+        Parameters and settings that differ from the profile's.
     """
 
     notebook: str
     profile: str
-    settings: Mapping[str, Any]
+    values: Mapping[str, Any]
     overridden: Mapping[str, Any]
+    changed: Mapping[str, Any]
     fresh: bool
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.settings:
-            raise KeyError(f"profile {self.profile} sets no {name!r}; add it to notebooks/profiles/{self.profile}.yaml")
-        return self.settings[name]
+        if name not in self.values:
+            raise KeyError(f"there is no setting {name!r}; add it to {profile_file(self.notebook, self.profile)}")
+        return self.values[name]
 
     @property
     def folder(self) -> Path:
@@ -71,9 +73,10 @@ class Run:
         """
         if folder := os.environ.get(RESULTS_FOLDER):
             return Path(folder)
-        if self.profile == "cpu" and not self.overridden:
+        different = {**self.overridden, **self.changed}
+        if self.profile == "cpu" and not different:
             return ROOT
-        changed = "".join(f",{name}={value}" for name, value in sorted(self.overridden.items()))
+        changed = "".join(f",{name}={value}" for name, value in sorted(different.items()))
         return ROOT / "build" / f"{self.profile}{changed}".replace("/", "-").replace(" ", "")
 
     @property
@@ -183,11 +186,14 @@ class Run:
     @property
     def command(self) -> str:
         """The command that runs this notebook with these settings."""
-        changes = "".join(
-            f" -y '{name}: {value}'" if isinstance(value, list) else f" -p {name} {value}"
-            for name, value in self.overridden.items()
-        )
-        return f"papermill notebooks/{self.notebook}.ipynb out.ipynb -p profile {self.profile}{changes}"
+        words = ["papermill", f"notebooks/{self.notebook}.ipynb", "out.ipynb"]
+        if self.profile != "cpu":  # the values in the notebook
+            words += ["-f", profile_file(self.notebook, self.profile)]
+        different = {**self.overridden, **({"settings": self.changed} if self.changed else {})}
+        for name, value in different.items():
+            plain = isinstance(value, bool | int | float | str)
+            words += ["-p", name, str(value)] if plain else ["-y", f"{name}: {json.dumps(value)}"]
+        return shlex.join(words)
 
     @property
     def provenance(self) -> str:
@@ -200,8 +206,8 @@ def sampled(outcomes: pd.DataFrame, seed: int) -> pd.DataFrame:
     return outcomes.sample(min(_SAMPLE, len(outcomes)), random_state=seed)
 
 
-def profiles(root: Path | None = None) -> dict[str, Path]:
-    """The files of notebooks/profiles by name.
+def profiles(notebook: str | None = None, root: Path | None = None) -> list[str]:
+    """Names of the profiles that there are, or that a notebook has.
 
     Raises
     ------
@@ -209,57 +215,93 @@ def profiles(root: Path | None = None) -> dict[str, Path]:
         There are none: this is not a clone.
     """
     root = root or ROOT
-    found = {path.stem: path for path in sorted((root / "notebooks" / "profiles").glob("*.yaml"))}
+    file = f"{notebook[:2]}.yaml" if notebook else "*.yaml"
+    found = sorted({path.parent.name for path in (root / "notebooks" / "profiles").glob(f"*/{file}")})
     if not found:
         raise FileNotFoundError(f"{root} has no notebooks/profiles: notebooks and tools run from a clone, not a wheel")
     return found
 
 
-def begin(notebook: str, namespace: MutableMapping[str, Any]) -> Run:
-    """Check a notebook's parameters and fill those left None from its profile.
+def parameters_of(notebook: str, profile: str, root: Path | None = None) -> dict[str, Any]:
+    """What a profile sets for a notebook: its parameters, and under "settings" what few readers change.
+
+    Raises
+    ------
+    ValueError
+        The notebook has no such profile; names those that it has.
+    """
+    known = profiles(notebook, root)
+    if profile not in known:
+        raise ValueError(f"profile is {profile!r}; choose one of {', '.join(known)}")
+    text = ((root or ROOT) / profile_file(notebook, profile)).read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def profile_file(notebook: str, profile: str) -> str:
+    """The file for `papermill -f`, below the clone."""
+    return f"notebooks/profiles/{profile}/{notebook[:2]}.yaml"
+
+
+def begin(notebook: str, namespace: Mapping[str, Any]) -> Run:
+    """Check a notebook's parameters and add the settings of its profile.
 
     Parameters
     ----------
     notebook : str
         Its file name without the extension.
     namespace : mapping
-        The notebook's `globals()`. Declared parameters are the annotated names in it.
+        The notebook's `globals()`. Declared parameters are the annotated names in it. It is not changed.
 
     Raises
     ------
     ValueError
-        An unknown parameter or profile, or a value of the wrong type; the message names it and what is allowed.
+        An unknown parameter, setting or profile, a value of the wrong type, or another profile's name over the values
+        of `cpu`; the message names it and what is allowed.
     """
-    declared = dict(namespace["__annotations__"])
-    profile, files = namespace["profile"], profiles()
-    if profile not in files:
-        raise ValueError(f"profile is {profile!r}; choose one of {', '.join(files)}")
-    settings = yaml.safe_load(files[profile].read_text(encoding="utf-8"))
-    for name, value in namespace.items():
-        plain = isinstance(value, bool | int | float | str | list | tuple | dict | NoneType)
-        if "_begun" in namespace or name in declared or not plain or name.startswith("_") or name in _IPYTHON_NAMES:
-            continue
-        if name not in settings or settings[name] != value:  # `papermill -f profiles/x.yaml` brings all of a profile
-            raise ValueError(f"{notebook} has no parameter {name!r}; it has {', '.join(declared)}")
-    settings |= settings.pop(f"notebook_{notebook[:2]}", {})  # what differs in this one
-    settings = {name: value for name, value in settings.items() if not name.startswith("notebook_")}
-    namespace["_begun"] = True  # if cells run again in this kernel, the notebook's own names are not parameters
-    overridden = {}
+    declared = namespace["__annotations__"]
+    unknown = [name for name in _injected(namespace) if name not in declared]
+    if unknown:
+        raise ValueError(f"{notebook} has no parameter {unknown[0]!r}; it has {', '.join(declared)}")
+    values = {name: namespace[name] for name in declared}
     for name, kind in declared.items():
-        value = namespace[name]
-        allowed = typing.get_args(kind) or (kind,)
-        if type(value) not in allowed and not (type(value) is int and float in allowed):
-            names = " or ".join("None" if a is NoneType else a.__name__ for a in allowed)
-            raise ValueError(
-                f"parameter {name} is {value!r} ({type(value).__name__}); it must be {names} (lists: papermill -y)"
-            )
-        if NoneType not in allowed:
-            continue
-        if value is not None and value != settings.get(name):
-            overridden[name] = value
-        namespace[name] = settings[name] = settings.get(name) if value is None else value
-    fresh = bool(namespace.get("fresh", False))
-    return Run(notebook, profile, settings, overridden, fresh)
+        _refuse_another_type(name, values[name], kind)
+    profile, fresh, given = values.pop("profile"), values.pop("fresh", False), values.pop("settings", {})
+    own = parameters_of(notebook, profile)
+    settings = own.pop("settings", {})
+    unknown = [name for name in given if name not in settings]
+    if unknown:
+        raise ValueError(f"settings has {unknown[0]!r}; {notebook} has {', '.join(settings) or 'none'}")
+    _refuse_values_of_cpu(notebook, profile, own, values)
+    overridden = {name: value for name, value in values.items() if name not in own or own[name] != value}
+    changed = {name: value for name, value in given.items() if settings[name] != value}
+    return Run(notebook, profile, values | settings | given, overridden, changed, fresh)
+
+
+def _injected(namespace: Mapping[str, Any]) -> list[str]:
+    """The names that papermill's own cell sets, which it puts below the one with the parameters."""
+    cells = [cell for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
+    nodes = ast.walk(ast.parse(cells[-1] if cells else ""))
+    return [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+
+
+def _refuse_another_type(name: str, value: Any, kind: Any) -> None:
+    allowed = typing.get_args(kind) or (kind,)
+    if type(value) not in allowed and not (type(value) is int and float in allowed):
+        names = " or ".join("None" if a is NoneType else a.__name__ for a in allowed)
+        raise ValueError(
+            f"parameter {name} is {value!r} ({type(value).__name__}); it must be {names} (lists: papermill -y)"
+        )
+
+
+def _refuse_values_of_cpu(notebook: str, profile: str, own: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    cpu = parameters_of(notebook, "cpu")
+    differ = [name for name, value in own.items() if name in values and value != cpu[name]]
+    if differ and all(values[name] == cpu[name] for name in differ):
+        lines = "\n".join(f"{name} = {own[name]!r}" for name in differ)
+        raise ValueError(
+            f"profile is {profile!r}, but the other parameters are those of 'cpu'. Give papermill "
+            f"-f {profile_file(notebook, profile)}, or write into the cell with the parameters:\n{lines}"
+        )
 
 
 def _now() -> str:

@@ -10,7 +10,7 @@ import pytest
 import reproduce as batch
 from reproduce import main
 
-PARAMETERS = 'profile: str = "cpu"  # a file\nn: int = 1  # a number\nfresh: bool = False  # anew'
+PARAMETERS = 'profile: str = "cpu"  # a file\nn: int = 1  # a number\nfresh: bool = False  # again'
 FIGURE = (
     "import os, pathlib\nout = pathlib.Path(os.environ['LRS_RESULTS']) / 'figures'\n"
     "out.mkdir(exist_ok=True)\n(out / f'01_{profile}.svg').write_text(f'<svg>{n}</svg>')"
@@ -32,10 +32,12 @@ def notebook(folder, name, *cells):
 @pytest.fixture
 def collection(tmp_path, monkeypatch):
     """A repository of three notebooks, of which the second fails."""
-    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    profile = tmp_path / "notebooks" / "profiles" / "smoke"
+    profile.mkdir(parents=True)
     (tmp_path / "lrs_utils").mkdir()
     (tmp_path / "figures").mkdir()
-    (tmp_path / "notebooks" / "profiles" / "smoke.yaml").write_text("profile: smoke\nseed: 7\n")
+    for number in ("01", "02", "03"):
+        (profile / f"{number}.yaml").write_text("profile: smoke\nn: 1\n")
     (tmp_path / "figures" / "01_smoke.svg").write_text("<svg>2</svg>")
     notebook(tmp_path / "notebooks", "01_draws", FIGURE, FACTORS)
     notebook(tmp_path / "notebooks", "02_fails", "x = 1", "raise ValueError('no such thing')")
@@ -57,7 +59,7 @@ def test_a_failing_notebook_stops_nothing_and_is_told(collection, capfd, monkeyp
     assert "02_fails: failed: ValueError: no such thing after" in printed
     assert "03_prints: a long step 40 %, 00:02 left note" in printed
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["profile"] == {"profile": "smoke", "seed": 7}
+    assert manifest["parameters"]["01_draws"] == {"profile": "smoke", "n": 2}
     assert manifest["command"].endswith("--profile smoke -p n=2")
     assert list(manifest["sha256"]) == ["figures/01_smoke.svg", "lrs_utils/data/factors/m/ga.json"]
     index = (folder / "index.html").read_text()

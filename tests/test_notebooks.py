@@ -1,3 +1,4 @@
+import ast
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from readme import address, colab_cell
 from reproduce import printed_summary
 
 from lrs_utils.models.download import cache_folder
+from lrs_utils.notebook import parameters_of, profiles
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -32,7 +34,8 @@ def clean_cache(tmp_path, monkeypatch, smollm2):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_at_smoke(path, clean_cache, tmp_path):
-    papermill.execute_notebook(path, tmp_path / "out.ipynb", {"profile": "smoke"}, progress_bar=False)
+    parameters = parameters_of(path.stem, "smoke")
+    papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters, progress_bar=False)
     assert (clean_cache / "ledger.sqlite").exists() or (clean_cache / "tables").exists(), "it measured"
     assert printed_summary(tmp_path / "out.ipynb")
     assert_outputs_are_pictures_and_short_text(nbformat.read(tmp_path / "out.ipynb", as_version=4))
@@ -72,6 +75,15 @@ def test_papermill_sees_every_parameter(path):
     assert declared[0] == "profile"
     assert len(declared) <= 10
     assert all(parameter["help"] and parameter["inferred_type_name"] for parameter in found.values())
+    values = {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
+    assert parameters_of(path.stem, "cpu") | {"settings": {}, "fresh": False} == values
+    for profile in profiles(path.stem):
+        assert {*parameters_of(path.stem, profile), "fresh", "settings"} == set(declared)
+        assert parameters_of(path.stem, profile)["profile"] == profile
+    settings = [tuple(parameters_of(path.stem, profile).get("settings", ())) for profile in profiles(path.stem)]
+    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    assert {*re.findall(r'run\["(\w+)"\]', code)} == {*settings[0]}, "none that no cell reads"
+    assert len(set(settings)) == 1, "all in one order"
 
 
 @pytest.mark.parametrize("where", ["in a clone", "bare"])
@@ -96,7 +108,12 @@ def test_the_first_cell_installs_the_project_on_colab(where, clean_cache, tmp_pa
     [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "requirements.pth").write_text(f"{sysconfig.get_path('purelib')}\n{tmp_path / 'stand-in'}\n")
     notebook = nbformat.read(clone / "notebooks" / "05_bezier_playground.ipynb", 4)
-    code = [c.source.replace('"cpu"', '"smoke"') for c in notebook.cells if c.cell_type == "code"]
+    smoke = "\n".join(
+        f"{name}: {type(value).__name__} = {value!r}"
+        for name, value in parameters_of(NOTEBOOKS[5].stem, "smoke").items()
+    )
+    code = [c.source for c in notebook.cells if c.cell_type == "code"]
+    code[1] += f"\n{smoke}\nsettings: dict = {{}}"
     folder = clone / "notebooks"
     if where == "bare":
         code[0], folder = colab_cell(f"file://{clone}", version), tmp_path / "content"
@@ -118,6 +135,6 @@ def test_the_first_cell_installs_the_project_on_colab(where, clean_cache, tmp_pa
 
 
 def test_a_wrong_papermill_parameter_fails_the_run(tmp_path):
-    given = {"profile": "smoke", "n_pars": 5}
+    given = parameters_of(NOTEBOOKS[0].stem, "smoke") | {"n_pars": 5}
     with pytest.raises(papermill.PapermillExecutionError, match="n_pars"):
         papermill.execute_notebook(NOTEBOOKS[0], tmp_path / "out.ipynb", given, progress_bar=False)

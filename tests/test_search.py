@@ -236,7 +236,8 @@ def test_shipped_outcomes_hold_all_that_the_searches_of_notebook_06_ask_for(
     over_depths, smollm2, tmp_path, monkeypatch
 ):
     """On any machine: a fitness that differs in its last bit would take a search past a tie to other candidates."""
-    settings = yaml.safe_load((ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "notebooks" / "profiles" / "cpu" / "06.yaml").read_text())
+    settings |= settings.pop("settings")
     ledger, half = Ledger(tmp_path / "l.sqlite"), settings["population"] // 2
     ledger.load(ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
     factors = json.loads((ROOT / "lrs_utils" / "data" / "factors" / "smollm2-135m" / "ga.json").read_text())

@@ -19,13 +19,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 
 from lrs_utils import tasks
 from lrs_utils.analysis import plots
 from lrs_utils.models.load import LM, load_lm
-from lrs_utils.notebook import ROOT, profiles, versions
+from lrs_utils.notebook import ROOT, parameters_of, versions
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Setting, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
@@ -248,7 +247,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140], help="4 or more each")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder that gets data/results and figures")
     arguments = parser.parse_args()
-    settings = yaml.safe_load(profiles()["cpu"].read_text(encoding="utf-8"))
+    search = parameters_of("06_ga_search", "cpu")
+    settings = search | search["settings"]
     lm, pairs = load_lm(settings["model"], dtype=settings["dtype"]), settings["n_pairs"]
     three = [0, (pairs - 1) // 2, pairs - 1]
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ import yaml
 from verify import compared
 
 from lrs_utils.models.download import write_whole
-from lrs_utils.notebook import RESULTS_FOLDER, ROOT, VERIFY, profiles, revision, versions
+from lrs_utils.notebook import RESULTS_FOLDER, ROOT, VERIFY, parameters_of, profiles, revision, versions
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.verify and (options.profile != "cpu" or options.given or options.fresh or options.resume):
         parser.error("--verify runs what is committed: profile cpu as it is, without -p, --fresh and --resume")
     try:
-        profiles(ROOT)  # a folder that is not a clone is refused before anything is said to be missing from it
-        notebooks = _chosen(options.only)
+        notebooks = _chosen(options.only, options.profile)
         parameters = _parameters(options, notebooks)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         results = {done.notebook: done for done in _finished(folder)}
-        _write_manifest(folder, options, results)  # which says that this is a run folder
+        _write_manifest(folder, options, parameters, results)  # which says that this is a run folder
     except OSError as error:
         parser.error(f"the run folder can't be made: {error}; give another --out")
     running: set[subprocess.Popen[str]] = set()
@@ -91,13 +90,13 @@ def main(arguments: Sequence[str]) -> int:
             done = _executed(path, folder, parameters[path.stem], options.jobs, digest, sample, running)
         with lock:
             results[path.stem] = done
-            _write_manifest(folder, options, results)
+            _write_manifest(folder, options, parameters, results)
 
     status, why = _run_all(run, notebooks, options.jobs, running)
     ended = [results.get(path.stem, Done(path.stem, "not run", 0.0, "", "")) for path in notebooks]
     print(_summary(ended, folder))
     try:
-        _write_manifest(folder, options, results)
+        _write_manifest(folder, options, parameters, results)
         _write_index(folder, ended)
     except OSError as error:
         status, why = status or 1, why or f"{folder} can't be written: {error}"
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python tools/reproduce.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="cpu", help="file in notebooks/profiles (cpu)")
+    parser.add_argument("--profile", default="cpu", help="folder in notebooks/profiles (cpu)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of notebooks")
     parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="a parameter")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
@@ -165,7 +164,11 @@ def _is_run_folder(folder: Path) -> bool:
     return isinstance(manifest, dict) and {"command", "notebooks", "sha256"} <= manifest.keys()
 
 
-def _chosen(only: Sequence[str]) -> list[Path]:
+def _chosen(only: Sequence[str], profile: str) -> list[Path]:
+    """Notebooks by number or name; by default all."""
+    known = profiles(root=ROOT)
+    if profile not in known:
+        raise ValueError(f"there is no profile {profile!r}; there are {', '.join(known)}")
     every = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     unknown = [name for name in only if not any(path.stem == name or path.stem[:2] == name for path in every)]
     if unknown:
@@ -174,9 +177,7 @@ def _chosen(only: Sequence[str]) -> list[Path]:
 
 
 def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """What papermill gives each notebook: the profile, and those of the given parameters that it has."""
-    if options.profile not in profiles(ROOT):
-        raise ValueError(f"there is no profile {options.profile!r}; there are {', '.join(profiles(ROOT))}")
+    """What papermill gives each notebook: its profile's file, and those of the given parameters that it has."""
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1")
     known = {path.stem: set(papermill.inspect_notebook(str(path))) for path in notebooks}
@@ -197,7 +198,7 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
             raise ValueError(f"-p {text!r}: the value is no YAML ({reason}); a list is [1, 2], a text 'a'") from error
     fresh = {"fresh": True} if options.fresh else {}
     return {
-        name: {"profile": options.profile} | {k: v for k, v in (given | fresh).items() if k in names}
+        name: parameters_of(name, options.profile, ROOT) | {k: v for k, v in (given | fresh).items() if k in names}
         for name, names in known.items()
     }
 
@@ -207,7 +208,6 @@ def _digest(path: Path, parameters: dict[str, Any]) -> str:
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
     package = [path for path in sorted((ROOT / "lrs_utils").rglob("*")) if path.is_file()]
     files = [path for path in package if path.parent.name != "__pycache__"]
-    files.append(profiles(ROOT)[parameters["profile"]])
     parts = [json.dumps([parameters, code, versions()]).encode(), *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -274,15 +274,16 @@ def _finished(folder: Path) -> list[Done]:
     return [Done(**record) for record in json.loads(path.read_text(encoding="utf-8"))["notebooks"]]
 
 
-def _write_manifest(folder: Path, options: argparse.Namespace, ended: Mapping[str, Done]) -> None:
-    profile = yaml.safe_load(profiles(ROOT)[options.profile].read_text(encoding="utf-8"))
+def _write_manifest(
+    folder: Path, options: argparse.Namespace, parameters: Mapping[str, Any], ended: Mapping[str, Done]
+) -> None:
     kinds = ("data", "figures", "lrs_utils")  # the last holds found factors
     results = [path for kind in kinds for path in sorted((folder / kind).rglob("*")) if path.is_file()]
     content = {
         "command": "python tools/reproduce.py " + " ".join(_command_line(options)),
         "versions": versions(),
         "code": revision(),
-        "profile": profile,
+        "parameters": parameters,
         "notebooks": [asdict(ended[name]) for name in sorted(ended)],
         "sha256": {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in results},
     }

@@ -23,6 +23,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
 from lrs_utils.models.download import cache_folder
+from lrs_utils.notebook import parameters_of
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT = ROOT / "build" / "browser"
@@ -55,9 +56,9 @@ def lab(tmp_path_factory):
     notebook = nbformat.read(ROOT / "notebooks" / NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source = cell.source.replace('profile: str = "cpu"', 'profile: str = "smoke"')
-            cell.source = re.sub(r"n_contexts: .*", "n_contexts: Optional[int] = 6  # to see them arrive", cell.source)
-            cell.source = re.sub(r"n_pairs: .*", "n_pairs: Optional[int] = 8  # as the ledger knows", cell.source)
+            # 6 contexts, to be seen arriving, of 8 pairs, as the ledger knows them
+            values = parameters_of(Path(NOTEBOOK).stem, "smoke") | {"n_contexts": 6, "n_pairs": 8}
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
         cell.get("outputs", []).clear()
     (home / "work").mkdir()
     nbformat.write(notebook, home / "work" / NOTEBOOK)
