@@ -5,6 +5,7 @@ from lrs_utils.finding.found import Found
 from lrs_utils.finding.recipe import find_scaling
 from lrs_utils.models.load import LM, load_lm
 from lrs_utils.scaling.bezier import BezierCurve
+from lrs_utils.scaling.extension import ExtendedScaling
 from lrs_utils.scaling.files import load_factors, save_factors
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
@@ -21,6 +22,7 @@ __all__ = [
     "LM",
     "BezierCurve",
     "CmaEsSearch",
+    "ExtendedScaling",
     "Found",
     "GeneticSearch",
     "GradientSearch",

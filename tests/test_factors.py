@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lrs_utils
-from lrs_utils import HeadScaling, LayerScaling, load_factors, load_lm, save_factors
+from lrs_utils import ExtendedScaling, HeadScaling, LayerScaling, load_factors, load_lm, save_factors
 from lrs_utils.scaling.files import read_factors
 
 SHIPPED = Path(lrs_utils.__file__).parent / "data" / "factors"
@@ -27,7 +27,7 @@ def layer_scalings(draw, n_layers):
 
     scheme = draw(st.sampled_from(["pi", "ntk", "yarn", "dynamic_ntk"]))
     options = {"extension": draw(st.floats(1, 16)), "combine": draw(st.sampled_from(["multiply", "divide"]))}
-    return LayerScaling(each(), scheme, each() if draw(st.booleans()) else None, **options)
+    return ExtendedScaling(each(), scheme, each() if draw(st.booleans()) else None, **options)
 
 
 @st.composite

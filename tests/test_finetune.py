@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lrs_utils import LayerScaling, load_lm
+from lrs_utils import ExtendedScaling, LayerScaling, load_lm
 from lrs_utils.models.load import fingerprint
 from lrs_utils.training.finetune import Training, stretches, tokens_on_disk, train
 from lrs_utils.training.positions import cream, plain, pose, rand_pos
@@ -111,7 +111,7 @@ def test_positions_reach_the_rotary_embedding(tiny, documents, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["pi", "ntk", "yarn"])
 def test_a_scaled_model_is_trained_as_scaled(scheme, tiny, documents, tmp_path):
-    scaling = LayerScaling((1.0, 1.0), scheme, extension=4.0)
+    scaling = ExtendedScaling((1.0, 1.0), scheme, extension=4.0)
     _, losses = train(
         tiny, documents, cream(48, 4, k=4), replace(SHORT, steps=1), tmp_path, about=ABOUT, scaling=scaling
     )

@@ -10,7 +10,7 @@ import pytest
 from conftest import fitting
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
+from lrs_utils import ExtendedScaling, GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers import descent, gradient
 from lrs_utils.searchers.gradient import nll_gradient
@@ -118,7 +118,7 @@ def test_activations_that_are_kept_or_computed_twice_give_the_same(lm, monkeypat
 @pytest.mark.parametrize(("scheme", "combine"), [("ntk", "divide"), ("dynamic_ntk", "multiply"), ("pi", "multiply")])
 def test_the_gradient_goes_through_an_extension(tiny, scheme, combine):
     def scaled(factor):
-        return LayerScaling((factor, 0.9), scheme, extension=2.0, combine=combine)
+        return ExtendedScaling((factor, 0.9), scheme, extension=2.0, combine=combine)
 
     suite, h = tasks.kv_retrieval(2, 1, keys="short"), 2e-4
     _, gradient = nll_gradient(tiny, suite.probes[0], scaled(1.2))
@@ -164,7 +164,7 @@ def test_what_has_no_gradient_is_refused(tiny):
         nll_gradient(tiny, tasks.kv_retrieval(400, 1, keys="short").probes[0], LayerScaling((0.1, 1.0)))
 
 
-@pytest.mark.parametrize("start", [None, LayerScaling((1.0, 1.0), "dynamic_ntk", combine="divide")])
+@pytest.mark.parametrize("start", [None, ExtendedScaling((1.0, 1.0), "dynamic_ntk", combine="divide")])
 def test_a_factor_does_not_fall_until_a_context_no_longer_fits(tiny, monkeypatch, start):
     suite = tasks.kv_retrieval(12, 3, keys="short")
     low = 1.1 * max(pack(tiny, probe, "").longest for probe in suite.probes) / tiny.window

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
+from lrs_utils import ExtendedScaling, HeadScaling, LayerScaling, load_lm, score, tasks
 from lrs_utils.models.tiny import TINY
 from lrs_utils.scaling.base import UNSCALED
 from lrs_utils.scaling.products import _times_heads
@@ -262,7 +262,7 @@ def test_factors_of_layers_may_be_given_or_applied_around_or_inside(lm, ids):
 def test_a_length_reaches_the_factors(tiny, ids):
     short = copy.deepcopy(tiny.model)
     short.config.max_position_embeddings = 32
-    layers = LayerScaling((1.3, 0.9), "dynamic_ntk")
+    layers = ExtendedScaling((1.3, 0.9), "dynamic_ntk")
     with HeadScaling(gains=GAINS, layers=layers).applied_to(short, length=60):
         given = logits(short, ids)
     with layers.applied_to(short, length=60), HeadScaling(gains=GAINS).applied_to(short):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrs_utils import LayerScaling, load_factors, load_lm, save_factors
+from lrs_utils import ExtendedScaling, LayerScaling, load_factors, load_lm, save_factors
 from lrs_utils.scaling.base import Setting
 from lrs_utils.scaling.tables import PositionTables
 
@@ -91,7 +91,7 @@ def test_uniform_dynamic_ntk_equals_transformers_dynamic(lm, ids, factor):
     ours, theirs = with_short_window(lm), with_short_window(lm, {"rope_type": "dynamic", "factor": factor})
     for n in (70, 45, 20):  # longest first: transformers keeps the frequencies of the longest it has read
         for combine in ("multiply", "divide"):
-            with LayerScaling.uniform(1, 2, "dynamic_ntk", extension=factor, combine=combine).applied_to(ours):
+            with ExtendedScaling.uniform(1, 2, "dynamic_ntk", extension=factor, combine=combine).applied_to(ours):
                 scaled = logits(ours, ids[:, :n])
             fresh = with_short_window(lm, {"rope_type": "dynamic", "factor": factor})
             torch.testing.assert_close(scaled, logits(fresh, ids[:, :n]), rtol=1e-4, atol=1e-4)
@@ -103,7 +103,7 @@ def test_two_ways_to_put_layer_factors_on_an_extension(scheme, ids):
     model = with_short_window(load_lm("tiny-llama", dtype="float32", device="cpu"))
     results = {}
     for combine in ("multiply", "divide"):
-        with LayerScaling((1.3, 0.9), scheme, extension=2.0, combine=combine).applied_to(model):
+        with ExtendedScaling((1.3, 0.9), scheme, extension=2.0, combine=combine).applied_to(model):
             results[combine] = logits(model, ids)
     assert torch.equal(*results.values()) == (scheme == "pi")
     static = "ntk" if scheme == "dynamic_ntk" else scheme
@@ -111,19 +111,31 @@ def test_two_ways_to_put_layer_factors_on_an_extension(scheme, ids):
     with LayerScaling(stretches, static).applied_to(model):
         torch.testing.assert_close(results["multiply"], logits(model, ids))
     # divided: the extension alone, then positions further apart
-    extended = LayerScaling.uniform(1, 2, scheme, extension=2.0)
+    extended = ExtendedScaling.uniform(1, 2, scheme, extension=2.0)
     with PositionTables(model, length=70) as tables:
-        divided = LayerScaling((1.3, 0.9), scheme, extension=2.0, combine="divide").settings
+        divided = ExtendedScaling((1.3, 0.9), scheme, extension=2.0, combine="divide").settings
         for setting, factor in zip(divided, (1.3, 0.9), strict=True):
             own, base = tables.prepare(setting, 70), tables.prepare(extended.settings[0], 70)
             torch.testing.assert_close(own.inv_freq * factor, base.inv_freq)
             assert own.attention_scaling == base.attention_scaling, "YaRN's gain is the extension's"
 
 
+@pytest.mark.parametrize("scheme", ["pi", "yarn"])
+def test_divided_factors_are_pi_factors_on_a_model_that_transformers_extends(scheme, ids):
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
+    rope_type = {"pi": "linear", "yarn": "yarn"}[scheme]
+    extended = with_short_window(lm, {"rope_type": rope_type, "factor": 2.0, "original_max_position_embeddings": 32})
+    with LayerScaling((1.3, 0.9)).applied_to(extended):
+        on_top = logits(extended, ids)
+    model = with_short_window(lm)
+    with ExtendedScaling((1.3, 0.9), scheme, extension=2.0, combine="divide").applied_to(model):
+        torch.testing.assert_close(logits(model, ids), on_top, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("combine", ["multiply", "divide"])
 def test_generating_with_a_cache_reads_as_one_forward_pass_does(combine, ids):
     model = with_short_window(load_lm("tiny-llama", dtype="float32", device="cpu"))
-    scaling = LayerScaling((1.3, 0.9), "dynamic_ntk", extension=1.5, combine=combine)
+    scaling = ExtendedScaling((1.3, 0.9), "dynamic_ntk", extension=1.5, combine=combine)
     prompt, n_new = ids[:1, :40], 20
     with scaling.applied_to(model):
         text = model.generate(prompt, max_new_tokens=n_new, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -137,40 +149,42 @@ def test_generating_with_a_cache_reads_as_one_forward_pass_does(combine, ids):
 
 
 def test_a_key_names_an_extension_and_only_what_differs():
-    extended = LayerScaling((1.5, 1.0), "ntk", (1.1, 1.0), extension=4, combine="divide")
+    extended = ExtendedScaling((1.5, 1.0), "ntk", (1.1, 1.0), extension=4, combine="divide")
     assert extended.key == "ntk x4.0 /|1.5,1.0|1.1,1.0"
-    assert LayerScaling((1.5, 1.0), "ntk", extension=4).key == LayerScaling((6, 4), "ntk").key == "ntk|6.0,4.0"
-    dynamic = LayerScaling((1.0, 1.5), "dynamic_ntk", extension=2)
+    assert ExtendedScaling((1.5, 1.0), "ntk", extension=4).key == LayerScaling((6, 4), "ntk").key == "ntk|6.0,4.0"
+    dynamic = ExtendedScaling((1.0, 1.5), "dynamic_ntk", extension=2)
     assert dynamic.key == "dynamic_ntk|2.0,3.0"
-    for scaling in (extended, dynamic, LayerScaling((1.2, 1.0), extension=2), replace(dynamic, combine="divide")):
-        again = LayerScaling.from_key(scaling.key)
+    for scaling in (extended, dynamic, ExtendedScaling((1.2, 1.0), extension=2), replace(dynamic, combine="divide")):
+        again = ExtendedScaling.from_key(scaling.key)
         assert (again.key, again.settings) == (scaling.key, scaling.settings)
-    assert LayerScaling((1.5, 1.0), "ntk", combine="divide").key == LayerScaling((1.5, 1.0)).key
-    assert LayerScaling((1.5, 1.0), extension=2, combine="divide").key == LayerScaling((3, 2)).key
+    assert ExtendedScaling((1.5, 1.0), "ntk", combine="divide").key == LayerScaling((1.5, 1.0)).key
+    assert ExtendedScaling((1.5, 1.0), extension=2, combine="divide").key == LayerScaling((3, 2)).key
     for scheme in ("pi", "ntk", "yarn", "dynamic_ntk"):
-        uniform = [LayerScaling.uniform(1, 2, scheme, extension=2, combine=c) for c in ("multiply", "divide")]
+        uniform = [ExtendedScaling.uniform(1, 2, scheme, extension=2, combine=c) for c in ("multiply", "divide")]
         assert uniform[0].key == uniform[1].key
         assert uniform[0].settings == uniform[1].settings
-    assert LayerScaling((0.5, 0.5), "ntk", extension=2).key == LayerScaling.identity(2).key
-    assert LayerScaling((1.0, 1.0), "dynamic_ntk").key != LayerScaling.identity(2).key
-    assert LayerScaling((1.0, 1.0), extension=np.int64(2)).extension == 2.0
+    assert ExtendedScaling((0.5, 0.5), "ntk", extension=2).key == LayerScaling.identity(2).key
+    assert ExtendedScaling((1.0, 1.0), "dynamic_ntk").key != LayerScaling.identity(2).key
+    assert ExtendedScaling((1.0, 1.0), extension=np.int64(2)).extension == 2.0
     with pytest.raises(ValueError, match=r"extension is 0\.5; it must be a number from 1 on"):
-        LayerScaling((1.0,), extension=0.5)
+        ExtendedScaling((1.0,), extension=0.5)
     with pytest.raises(ValueError, match="combine 'add' is unknown; choose one of multiply, divide"):
-        LayerScaling((1.0,), combine="add")
+        ExtendedScaling((1.0,), combine="add")
 
 
 def test_a_length_is_for_dynamic_ntk_alone():
     model = load_lm("tiny-llama", device="cpu").model
-    for scaling, length in ((LayerScaling((1.2, 1.0), "ntk"), 40), (LayerScaling((1.0, 1.0), "dynamic_ntk"), 0)):
+    for scaling, length in ((ExtendedScaling((1.2, 1.0), "ntk"), 40), (ExtendedScaling((1.0, 1.0), "dynamic_ntk"), 0)):
         with (
             pytest.raises(ValueError, match=f"length is {length} with scheme"),
             scaling.applied_to(model, length=length),
         ):
             pass
-    assert LayerScaling((0.5, 1.0), "dynamic_ntk", extension=2).reach == float("inf")
-    assert LayerScaling((0.5, 1.0), "dynamic_ntk").reach == 1, "beyond the window it stretches by less than is needed"
-    assert LayerScaling((0.5, 1.0), "dynamic_ntk", combine="divide").reach == 0.5
+    assert ExtendedScaling((0.5, 1.0), "dynamic_ntk", extension=2).reach == float("inf")
+    assert ExtendedScaling((0.5, 1.0), "dynamic_ntk").reach == 1, (
+        "beyond the window it stretches by less than is needed"
+    )
+    assert ExtendedScaling((0.5, 1.0), "dynamic_ntk", combine="divide").reach == 0.5
 
 
 def test_schemes_differ_only_where_a_factor_does(ids):
@@ -361,9 +375,9 @@ def test_temperatures_are_refused_where_only_a_part_of_the_head_is_rotated():
     "scaling",
     [
         LayerScaling((1.25, 0.9), temperatures=(1.0, 1.1)),
-        LayerScaling((1.5, 0.9), "ntk", combine="divide"),
-        LayerScaling((1.5, 0.9), "yarn", extension=2),
-        LayerScaling((1.5, 0.9), "dynamic_ntk", extension=2, combine="divide"),
+        ExtendedScaling((1.5, 0.9), "ntk", combine="divide"),
+        ExtendedScaling((1.5, 0.9), "yarn", extension=2),
+        ExtendedScaling((1.5, 0.9), "dynamic_ntk", extension=2, combine="divide"),
     ],
     ids=lambda scaling: scaling.scheme,
 )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils import ExtendedScaling, HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
 from lrs_utils.scoring import answers as free_answers
 from lrs_utils.scoring.answers import generate_answers
 from lrs_utils.scoring.packing import _BLOCK_ROWS, pack
@@ -366,7 +366,7 @@ def test_dynamic_ntk_gives_each_context_the_frequencies_of_its_own_length(tiny):
     within, beyond = (tasks.kv_retrieval(n, 1, keys="short", positions=[0, n - 1]).probes[0] for n in (60, 100))
     suite = Suite("mixed", (within, beyond))
     factors, plain = (1.2, 0.9), LayerScaling.identity(2)
-    scalings = [LayerScaling(factors, "dynamic_ntk", extension=2.0), plain]
+    scalings = [ExtendedScaling(factors, "dynamic_ntk", extension=2.0), plain]
     [text] = tasks.continuations("a b c d " * 50, 1, words=30, judged=10).probes
     assert context_tokens(tiny, text) == len(tiny.tokenizer(text.context + text.questions[0].answer)["input_ids"])
     length = context_tokens(tiny, beyond)

@@ -11,9 +11,10 @@ from lrs_utils.arguments import instance
 from lrs_utils.models.download import write_whole
 from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.extension import ExtendedScaling
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
-from lrs_utils.scaling.rope import COMBINATIONS
+from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC
 
 _FORMAT, _VERSIONS = "lrs-factors", (1, 2)  # 2: numbers of heads, which a reader of version 1 would leave out silently
 _SHIPPED = files("lrs_utils") / "data" / "factors"
@@ -36,7 +37,7 @@ def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
     content: dict[str, Any] = {"format": _FORMAT, "version": 1 + isinstance(scaling, HeadScaling)}
     if isinstance(layers, LayerScaling):
         content["scheme"] = layers.scheme
-        if (layers.extension, layers.combine) != (1.0, COMBINATIONS[0]):
+        if isinstance(layers, ExtendedScaling):
             content |= {"extension": layers.extension, "combine": layers.combine}
         content["factors"] = list(layers.factors)
         content["temperatures"] = None if layers.temperatures is None else list(layers.temperatures)
@@ -112,5 +113,9 @@ def _found(path: str | Path) -> Any:
 
 
 def _layers(content: Mapping[str, Any]) -> LayerScaling:
-    extended = {name: content[name] for name in ("extension", "combine") if name in content}
-    return LayerScaling(content["factors"], content["scheme"], content.get("temperatures"), **extended)
+    numbers = content["factors"], content["scheme"], content.get("temperatures")
+    if {"extension", "combine"} & content.keys() or content["scheme"] == DYNAMIC:
+        return ExtendedScaling(
+            *numbers, extension=content.get("extension", 1.0), combine=content.get("combine", COMBINATIONS[0])
+        )
+    return LayerScaling(*numbers)

@@ -1,8 +1,8 @@
 """Per-layer scaling of rotary positions: the method itself (arXiv 2503.04355, Section 3).
 
-Puts the `tables` of each layer's factor (and temperature) on an unmodified Hugging Face model. Per-head
-numbers are `heads`. Where numbers come from is `bezier` and `searchers`; what they are worth is `scoring`; their files
-are `files`.
+Puts the `tables` of each layer's factor (and temperature) on an unmodified Hugging Face model. Numbers of heads are
+`heads`; reading beyond the window is `extension`. Where numbers come from is `bezier` and `searchers`; what they are
+worth is `scoring`; their files are `files`.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -43,47 +43,30 @@ class LayerScaling(Scaling):
         nothing to scale, so their factor changes nothing.
     scheme : str
         How a factor enters the frequencies: "pi" (the paper's: all are divided by s_l), "ntk" or "yarn", which keep
-        the high ones (`rope.scaled_frequencies`), or "dynamic_ntk", which stretches by what is read (`extension`).
+        the high ones (`rope.scaled_frequencies`).
     temperatures : sequence of float, shape (layers,), optional
         t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
         single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
-    extension : float
-        L'/L, from 1 on: what the scheme stretches every layer by, below the factors, so that a model reads beyond its
-        window.
-    combine : str
-        How a factor comes on top of it (`rope.layer_frequencies`): "multiply", into the scheme, or "divide", after it.
 
     Raises
     ------
     ValueError
-        A value that is not a positive finite number, an extension below 1, an unknown scheme or way to combine, or
-        lengths that differ.
+        A value that is not a positive finite number, an unknown scheme, or lengths that differ.
     """
 
     factors: tuple[float, ...]
     scheme: str = "pi"
     temperatures: tuple[float, ...] | None = None
-    extension: float = 1.0
-    combine: str = "multiply"
+    extension: ClassVar[float] = 1.0  # an `ExtendedScaling` has others
+    combine: ClassVar[str] = COMBINATIONS[0]
+    schemes: ClassVar[tuple[str, ...]] = SCHEMES
 
     def __init__(
-        self,
-        factors: Sequence[float],
-        scheme: str = "pi",
-        temperatures: Sequence[float] | None = None,
-        *,
-        extension: float = 1.0,
-        combine: str = "multiply",
+        self, factors: Sequence[float], scheme: str = "pi", temperatures: Sequence[float] | None = None
     ) -> None:
-        for name, value, known in (("scheme", scheme, (*SCHEMES, DYNAMIC)), ("combine", combine, COMBINATIONS)):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-        if (_number(extension) or 0) < 1:
-            raise ValueError(f"extension is {extension!r}; it must be a number from 1 on")
+        refuse_unknown("scheme", scheme, self.schemes)
         object.__setattr__(self, "factors", _positive("factors", factors))
         object.__setattr__(self, "scheme", scheme)
-        object.__setattr__(self, "extension", float(extension))
-        object.__setattr__(self, "combine", combine)
         if temperatures is not None:
             temperatures = _positive("temperatures", temperatures)
             if len(temperatures) != len(self.factors):
@@ -116,26 +99,19 @@ class LayerScaling(Scaling):
     def key(self) -> str:
         """Canonical text of what this scaling computes: those that compute the same have the same."""
         settings = self.settings
-        divided = {setting.scheme for setting in settings if setting.combine == "divide"}
-        if divided:
-            [head], factors = divided, self.factors
-            head += f" x{self.extension!r} /"
-        else:
-            factors = tuple(setting.factor for setting in settings)
-            head = next((setting.scheme for setting in settings if setting.scheme != UNSCALED.scheme), UNSCALED.scheme)
-        parts = [head, ",".join(map(repr, factors))]
-        if self.temperatures is not None:
-            parts.append(",".join(map(repr, self.temperatures)))
-        return "|".join(parts)
+        scheme = next((setting.scheme for setting in settings if setting.scheme != UNSCALED.scheme), UNSCALED.scheme)
+        return self._text(scheme, [setting.factor for setting in settings])
+
+    def _text(self, scheme: str, factors: Sequence[float]) -> str:
+        numbers = [factors] if self.temperatures is None else [factors, self.temperatures]
+        return "|".join([scheme, *(",".join(map(repr, row)) for row in numbers)])
 
     @classmethod
     def from_key(cls, key: str) -> "LayerScaling":
-        """A scaling that computes what the key is of; an extension may have become part of its factors."""
-        head, factors, *temperatures = key.split("|")
+        """A scaling that computes what the key is of."""
+        scheme, factors, *temperatures = key.split("|")
         values = [tuple(map(float, part.split(","))) for part in (factors, *temperatures)]
-        scheme, *divided = head.split(" ")
-        options: dict[str, Any] = {"extension": float(divided[0][1:]), "combine": "divide"} if divided else {}
-        return cls(values[0], scheme, values[1] if temperatures else None, **options)
+        return cls(values[0], scheme, *values[1:])
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -145,22 +121,12 @@ class LayerScaling(Scaling):
 
     def _setting(self, factor: float, temperature: float) -> Setting:
         """The simplest setting that computes this layer."""
-        if self.combine == "divide" and self.scheme != "pi" and factor != 1:
-            if self.scheme != DYNAMIC and self.extension == 1:
-                return Setting(factor, temperature)  # the division is all that is left
-            return Setting(factor, temperature, self.scheme, self.extension, "divide")
-        factor *= self.extension
-        return Setting(factor, temperature, UNSCALED.scheme if factor == 1 and self.scheme != DYNAMIC else self.scheme)
+        return Setting(factor, temperature, UNSCALED.scheme if factor == 1 else self.scheme)
 
     @property
     def reach(self) -> float:
         """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
-        lowest = min(self.factors)
-        if self.scheme != DYNAMIC:
-            return self.extension * lowest
-        if self.combine == "divide":  # of what is stretched as it is read
-            return math.inf if lowest >= 1 else lowest
-        return math.inf if self.extension * lowest >= 1 else 1.0
+        return min(self.factors)
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
@@ -173,10 +139,7 @@ class LayerScaling(Scaling):
         Parameters
         ----------
         length : int, optional
-            Of "dynamic_ntk": tokens that it stretches for. By default what the first forward pass of a sequence reads,
-            and the same for what comes after it (one sequence at a time, not interleaved): keys in the cache keep the
-            frequencies that they were rotated by, so the queries must too. (transformers changes them for each new
-            token, and old keys no longer fit.)
+            Only of an `ExtendedScaling` that stretches by what is read.
 
         Raises
         ------
@@ -228,7 +191,7 @@ class LayerScaling(Scaling):
         Raises
         ------
         ValueError
-            A factor or an extension that changes anything; temperatures where `HeadScaling.fold_into` refuses them.
+            A factor that changes anything; temperatures where `HeadScaling.fold_into` refuses them.
         """
         changed = [at for at, setting in enumerate(self.settings) if setting._replace(temperature=1.0) != UNSCALED]
         if changed:
@@ -257,7 +220,7 @@ def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
         raise ValueError(f"{name} must be a sequence of numbers, one a layer, not {values!r}")
     checked = []
     for layer, value in enumerate(values):
-        number = _number(value)
+        number = finite(value)
         if number is None or not 0 < number <= _MOST:
             raise ValueError(f"{name}[{layer}] is {value!r}; it must be a positive finite number, at most {_MOST:g}")
         checked.append(number)
@@ -266,7 +229,13 @@ def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:
     return tuple(checked)
 
 
-def _number(value: Any) -> float | None:
+def refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ValueError that names what may be chosen."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def finite(value: Any) -> float | None:
     """A finite number as a float, whatever type it comes in."""
     if isinstance(value, str | bytes | bool):
         return None
