@@ -59,6 +59,7 @@ def fetch_once(
         return path
     try:
         pooch.retrieve(source, f"sha256:{sha256}", path.name, path.parent, downloader=download, progressbar=False)
+        path.chmod(0o644)  # pooch leaves it readable by its owner alone
     except Exception as error:
         raise OSError(f"{path.name} could not be fetched ({type(error).__name__}: {error}); {otherwise}") from error
     return path

@@ -1,7 +1,6 @@
 """Language models by name: the embedded SmolLM2-135M, any hub id or folder, tiny random models for tests."""
 
 import hashlib
-import logging
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from lrs_utils.models.embedded import EMBEDDED, embedded_folder, read_gguf
 from lrs_utils.models.tiny import SMALL, SMALL_FOLDER, TINY, build_tiny, character_tokenizer
 from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import no_progress_bars
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,7 @@ def load_lm(
         model.config._name_or_path = "SmolLM2-135M"
     nn.Module.to(model.requires_grad_(False), device)
     model.train(False)
-    lm = LM(model, tokenizer, name)
-    _log.info("loaded %r", lm)
-    return lm
+    return LM(model, tokenizer, name)
 
 
 def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
