@@ -1,4 +1,4 @@
-"""Running a model on our own terms: greedy continuations, and attention by a function of ours."""
+"""Running a model with settings of our own: greedy continuations, and attention by a function of ours."""
 
 import copy
 from collections.abc import Iterator, Mapping

@@ -215,7 +215,11 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """A number that changes if a weight does: the sum of its bytes in eights, and of a few weighted by place."""
+    """A number that changes if a weight does, modulo 2^64: the sum of the bytes, read eight at a time as one integer.
+
+    About 64 of these integers are added a second time, weighted by place: the plain sum is the same after two weights
+    have changed places.
+    """
     values = _bytes(tensor)
     whole = values[: len(values) // 8 * 8].view(torch.int64)
     some = whole[:: max(1, len(whole) // 64)]

@@ -94,7 +94,7 @@ def mdqa_gold_moved(
         "official" reads the authors' files `nq-open-10_total_documents_gold_at_0.jsonl.gz` and so on from `folder`,
         records in their order.
     positions : sequence of int, optional
-        The authors' by default, for 10, 20 or 30 documents.
+        By default the authors' for 10, 20 or 30 documents, else every one.
 
     Returns
     -------
