@@ -62,14 +62,14 @@ def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[s
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    record = _parsed(line, where)
+                    record = _parse(line, where)
                     _check_fields(record, fields, where)
                     yield where, record
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} breaks off after line {number}: {error}; fetch it again") from error
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
