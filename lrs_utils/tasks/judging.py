@@ -30,8 +30,8 @@ def holds_value(text: str, answers: Sequence[str]) -> bool:
 
 def best_subspan_em(text: str, answers: Sequence[str]) -> bool:
     """MDQA (2307.03172, its release): a normalised answer stands in the normalised text, here the whole of it."""
-    said = normalised(text)
-    return any(normalised(answer) in said for answer in answers)
+    said = normalise(text)
+    return any(normalise(answer) in said for answer in answers)
 
 
 def best_subspan_em_of_first_line(text: str, answers: Sequence[str]) -> bool:
@@ -39,13 +39,7 @@ def best_subspan_em_of_first_line(text: str, answers: Sequence[str]) -> bool:
     return best_subspan_em(text.partition("\n")[0], answers)
 
 
-def first_integer_is(text: str, answers: Sequence[str]) -> bool:
-    """LongChat-Lines and passkey (their releases): the first integer in the text is the answer."""
-    found = re.search(r"\d+", text)
-    return found is not None and found[0] in answers
-
-
-def normalised(text: str) -> str:
+def normalise(text: str) -> str:
     """SQuAD's normalisation, in its order: lower case, ASCII punctuation, articles, white space."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())

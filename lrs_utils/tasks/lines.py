@@ -40,18 +40,18 @@ def lines_retrieval(
         names: dict[str, int] = {}
         while len(names) < n_lines:
             names.setdefault(f"{syllables(rng, 3)}-{syllables(rng, 2)}", int(rng.integers(1, 50_001)))
-        questions = (
-            Question(
-                f"Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number.",
-                f"\nThe <REGISTER_CONTENT> in line {name} is <",
-                str(number),
-                position,
-            )
-            for position, (name, number) in enumerate(names.items())
-            if position in positions
-        )
-        by_position = {question.position: question for question in questions}
-        record = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in names.items())
-        probes.append(Probe(f"{_HEAD}{record}\n", tuple(by_position[p] for p in positions), n_lines))
+        lines = list(names.items())
+        record = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in lines)
+        questions = tuple(_question(*lines[position], position) for position in positions)
+        probes.append(Probe(f"{_HEAD}{record}\n", questions, n_lines))
     recipe = {"n_lines": n_lines, "n_contexts": n_contexts, "seed": seed, "positions": positions}
     return Suite(f"lines-{n_lines}", tuple(probes), recipe)
+
+
+def _question(name: str, number: int, position: int) -> Question:
+    return Question(
+        f"Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number.",
+        f"\nThe <REGISTER_CONTENT> in line {name} is <",
+        str(number),
+        position,
+    )

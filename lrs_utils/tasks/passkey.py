@@ -17,7 +17,7 @@ _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 def passkey(
     n_fillers: int = 50, n_contexts: int = 20, seed: int = 0, *, depths: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)
 ) -> list[Suite]:
-    """Generate passkey suites, one a depth: a context has one key, so depths don't share contexts.
+    """Generate passkey suites, one for each depth: a context has one key, so depths don't share contexts.
 
     Parameters
     ----------

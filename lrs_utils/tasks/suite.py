@@ -107,7 +107,7 @@ class Suite:
         Shape (questions,) where all contexts ask at the same depths, in the same order. Otherwise (contexts,
         questions), nan where a context has no such question.
         """
-        rows = [_depths(probe) for probe in self.probes]
+        rows = [tuple(q.position / max(probe.n_items - 1, 1) for q in probe.questions) for probe in self.probes]
         if all(row == rows[0] for row in rows):
             return np.array(rows[0])
         depths = np.full((len(rows), self.n_questions), np.nan)
@@ -154,7 +154,3 @@ class Suite:
 def positions_at(n_items: int, depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[int]:
     """Positions nearest to some depths, each once; of two equally near the earlier."""
     return sorted({round(depth * (n_items - 1) - 1e-9) for depth in depths})
-
-
-def _depths(probe: Probe) -> tuple[float, ...]:
-    return tuple(question.position / max(probe.n_items - 1, 1) for question in probe.questions)
