@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from lrs_utils import tasks
-from lrs_utils.scoring.packing import _BLOCK_ROWS, Layout, _attend_packed, laid_out, pack
+from lrs_utils.scoring.attention import _attend_packed, laid_out
+from lrs_utils.scoring.packing import _BLOCK_ROWS, Layout, Packed, pack
 
 
 def seen_densely(packs, copies, window):
@@ -46,6 +48,52 @@ def test_attention_equals_dense_attention_under_the_mask(
     torch.testing.assert_close(
         found.double(), (logits.softmax(-1) @ v).transpose(1, 2), atol=tolerance, rtol=tolerance
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize("block_rows", [1, 90, 10_000])
+def test_gradients_of_attention_equal_those_of_dense_attention(tiny, monkeypatch, kv_heads, window, block_rows):
+    monkeypatch.setitem(_BLOCK_ROWS, "cpu", block_rows)
+    probes = tasks.kv_retrieval(3, 1, keys="short").probes + tasks.kv_retrieval(5, 1, keys="short").probes
+    packs, copies = [pack(tiny, probe, "") for probe in probes], 2
+    layout = Layout(packs, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    n = layout.length * copies
+    q, k, v, weight = (
+        torch.randn(1, n, heads, 4, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for heads in (6, kv_heads, kv_heads, 6)
+    )
+    with laid_out(layout):
+        found, _ = _attend_packed(torch.nn.Module(), q, k, v, None, 0.3, window)
+    seen = seen_densely(packs, copies, window)
+    of_heads = (x.repeat_interleave(6 // kv_heads, 1) for x in (k, v))
+    keys, values = of_heads
+    dense = ((0.3 * q @ keys.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+    given = weight.detach().transpose(1, 2)
+    for mine, theirs in zip(*(torch.autograd.grad((x * given).sum(), (q, k, v)) for x in (found, dense)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_of_attention_are_those_of_what_it_computes(window):
+    """By finite differences: two contexts, of four tokens with two branches and of three with one, in two copies."""
+    packs = [_row([0, 1, 2, 3, 4, 5, 3, 4], [0, 0, 0, 0, 1, 1, 2, 2]), _row([0, 1, 2, 3], [0, 0, 0, 1])]
+    layout = Layout(packs, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, 24, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    with laid_out(layout):
+        assert torch.autograd.gradcheck(
+            lambda *given: _attend_packed(torch.nn.Module(), *given, None, 0.5, window)[0], inputs
+        )
+
+
+def _row(positions, branch):
+    ids = torch.zeros(len(positions), dtype=torch.long)
+    return Packed(ids, torch.tensor(positions), torch.tensor(branch), ids[:1], ids[:1], np.zeros(1, np.int64))
 
 
 def test_a_packed_probe_holds_every_question_as_it_would_be_alone(smollm2):

@@ -18,7 +18,8 @@ from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import multiplied, products
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
-from lrs_utils.scoring.packing import Layout, Packed, laid_out, rounding_alike
+from lrs_utils.scoring.attention import laid_out
+from lrs_utils.scoring.packing import Layout, Packed, rounding_alike
 
 
 class PackedForward:

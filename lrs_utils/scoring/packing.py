@@ -1,4 +1,4 @@
-"""A context with all its questions as one row of tokens, and attention over such rows.
+"""A context with all its questions as one row of tokens, and how such rows are cut into blocks for `attention`.
 
 The context comes first, then a branch for each question, without padding. A branch goes on where the context ends and
 sees only the context and itself, so the context is read once. Several contexts, and several copies of them for
@@ -9,22 +9,17 @@ next to it (`rounding_alike`).
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, takewhile
-from types import EllipsisType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
 
-from lrs_utils.models.decode import known_window
 from lrs_utils.models.load import LM
 from lrs_utils.tasks import Probe
 
@@ -117,7 +112,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Query rows that are attended to together: part of a context, or one branch."""
 
     first: int  # of the context's columns that they see
@@ -145,16 +140,16 @@ class Layout:
             slice(start, start + int((p.branch == 0).sum())) for p, start in zip(packs, starts, strict=False)
         ]
         self._packs, self._starts, self.longest = packs, starts, max(p.longest for p in packs)
-        self._blocks: dict[tuple[Any, ...], list[_Block]] = {}
+        self._blocks: dict[tuple[Any, ...], list[Block]] = {}
         self._scratch = torch.empty(0)
 
-    def blocks(self, group: int, heads: int, context: bool, window: int | None, like: Tensor) -> list[_Block]:
+    def blocks(self, group: int, heads: int, context: bool, window: int | None, like: Tensor) -> list[Block]:
         """Blocks that cover all branches and, if asked, the contexts, for `heads` key heads at once, each with a group
         of query heads. How a context is cut depends only on its own length."""
         key = (group, heads, context, window, like.device, like.dtype)
         if key not in self._blocks:
             self._blocks[key] = [
-                _Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias, apart)
+                Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias, apart)
                 for pack, start in zip(self._packs, self._starts, strict=False)
                 for first, seen, rows, bias, apart in _blocks_of(pack, group, heads, context, window, like)
             ]
@@ -213,75 +208,6 @@ def rounding_alike() -> TorchFunctionMode:
     """While this is entered, a token's numbers are the same to the last bit whatever tokens lie next to it.
 
     How a matrix product rounds a row depends on how many rows there are, since kernels differ by shape. So projections
-    get the same number of rows each time, and attention (`_attend_packed`) gets a context or one branch at a time.
+    get the same number of rows each time, and `attention` gets a context or one branch at a time.
     """
     return _RoundingAlike()
-
-
-_layout: ContextVar[Layout] = ContextVar("layout")
-
-
-@contextmanager
-def laid_out(layout: Layout) -> Iterator[None]:
-    """Rows of tokens are copies of `layout` while this is entered."""
-    token = _layout.set(layout)
-    try:
-        yield
-    finally:
-        _layout.reset(token)
-
-
-def _attend_packed(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | EllipsisType | None = ...,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
-    window = known_window(module, sliding_window, kwargs)
-    layout = _layout.get()
-    (_, heads, tokens, dim), kv_heads, value_dim = query.shape, key.shape[1], value.shape[3]
-    group, device = heads // kv_heads, query.device.type
-    # torch's kernel for causal attention is the faster one, except in bfloat16 on a CPU (CHOICES.md)
-    fused = window is None and not (device == "cpu" and query.dtype == torch.bfloat16)
-    scale = dim**-0.5 if scaling is None else scaling
-    out = query.new_empty(tokens, kv_heads, group, value_dim)
-    q = query.view(kv_heads, group, tokens, dim)
-    k, v = key[0].contiguous(), value[0].contiguous()
-    # for a context on a CPU, one key head at a time: its logits stay in the cache
-    head_parts = [slice(h, h + 1) for h in range(kv_heads)] if device == "cpu" else [slice(0, kv_heads)]
-    for start in range(0, tokens, layout.length):
-        for context in layout.contexts if fused else ():
-            at = slice(start + context.start, start + context.stop)
-            # keys are repeated for the heads that share them: not all of torch's fast kernels take them shared
-            k_seen, v_seen = (x[:, at].repeat_interleave(group, 0)[None] for x in (k, v))
-            whole = F.scaled_dot_product_attention(query[:, :, at], k_seen, v_seen, is_causal=True, scale=scale)
-            out[at] = whole.view(kv_heads, group, -1, value_dim).permute(2, 0, 1, 3)
-        for block in layout.blocks(group, head_parts[0].stop, not fused, window, query):
-            rows = slice(start + block.rows.start, start + block.rows.stop)
-            n_rows, n_hidden = block.bias.shape
-            for part in [slice(0, kv_heads)] if block.apart else head_parts:
-                if block.apart:
-                    seen = slice(start + block.first, start + block.seen)
-                    k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
-                else:
-                    k_seen, v_seen = (x[part, start + block.first : rows.stop] for x in (k, v))
-                # query heads that share a key head are laid end to end: (kv heads, group * rows, dim)
-                queries = q[part, :, rows].flatten(1, 2)
-                if queries.requires_grad:  # what a gradient needs can't be in reused memory
-                    logits, weights = torch.bmm(queries * scale, k_seen.mT), None
-                else:
-                    logits, weights = layout.scratch(*queries.shape[:2], k_seen.shape[1], like=q)
-                    torch.baddbmm(logits, queries, k_seen.mT, beta=0, alpha=scale, out=logits)
-                logits.view(-1, group, n_rows, logits.shape[2])[..., -n_hidden:] += block.bias
-                weights = torch.softmax(logits, -1, out=weights)
-                mixed = torch.bmm(weights, v_seen).view(-1, group, n_rows, value_dim)
-                out[rows, part] = mixed.permute(2, 0, 1, 3)
-    return out.flatten(1, 2)[None], None
-
-
-AttentionInterface.register("lrs_packed", _attend_packed)

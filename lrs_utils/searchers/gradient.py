@@ -103,11 +103,11 @@ def _differentiated(
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
     with torch.enable_grad(), PackedForward(lm, length=length) as forward:
         states = _last_states(lm, forward, layout, scaling, now, numbers)
-        nll = _mean_nll(forward, layout, packed.owner, states)
-        gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
+        nll, by_states = _mean_nll(forward, layout, packed.owner, states.detach())
+        gradient = torch.cat(torch.autograd.grad(states, list(changes.values()), by_states))
     if not gradient.isfinite().all():
         raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
-    return nll.item(), np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
+    return nll, np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
 
 
 def _last_states(
@@ -135,14 +135,24 @@ def _last_states(
     return hidden
 
 
-def _mean_nll(forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor) -> Tensor:
-    """The mean over questions of their answers' mean nll."""
-    at_tokens = layout.judged.to(states.device)
-    pieces = (torch.split(x, 256) for x in (states[0, at_tokens], layout.targets.to(states.device)))
-    losses = [_computed_twice(_losses, forward, *piece) for piece in zip(*pieces, strict=True)]
-    owner = torch.as_tensor(owners, device=at_tokens.device)
+def _mean_nll(
+    forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor
+) -> tuple[float, Tensor]:
+    """The mean over questions of their answers' mean nll, and its gradient by the last layer's output.
+
+    A few hundred tokens at a time, forward and at once backward: logits over a vocabulary are large.
+    """
+    owner = torch.as_tensor(owners, device=states.device)
     n_tokens = owner.bincount()
-    return (torch.cat(losses) / n_tokens[owner]).sum() / len(n_tokens)
+    share = 1 / (n_tokens[owner] * len(n_tokens))  # of a token in the mean
+    at_tokens, gradient, losses = layout.judged.to(states.device), torch.zeros_like(states), []
+    pieces = (torch.split(x, 256) for x in (at_tokens, layout.targets.to(states.device), share))
+    for at, targets, of in zip(*pieces, strict=True):
+        some = states[0, at].requires_grad_()
+        loss = F.cross_entropy(forward.logits(some), targets, reduction="none")
+        losses.append(loss.detach())
+        gradient[0, at] = torch.autograd.grad(loss, some, of.to(loss.dtype))[0]
+    return (torch.cat(losses) / n_tokens[owner]).sum().item() / len(n_tokens), gradient
 
 
 def _kept(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -158,7 +168,3 @@ def _activation_bytes(lm: LM, n_tokens: int) -> int:
     config = lm.model.config.get_text_config()
     numbers = 10 * config.hidden_size + 4 * config.intermediate_size
     return int(n_tokens * lm.num_layers * numbers * lm.model.dtype.itemsize)
-
-
-def _losses(forward: PackedForward, states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(forward.logits(states), targets, reduction="none")
