@@ -145,8 +145,8 @@ class Space:
 
     def moves(self, k: int) -> bool:
         """Whether the k-th control point of a curve may stand elsewhere."""
-        room = self.num_layers - self.first_layer >= 4  # for four points on whole layers
-        return self.move_layers and room and (self.shape, k) in (("bezier", 1), ("bezier", 2), ("step", 1))
+        enough_layers = self.num_layers - self.first_layer >= 4  # each of four points on a layer of its own
+        return self.move_layers and enough_layers and (self.shape, k) in (("bezier", 1), ("bezier", 2), ("step", 1))
 
     def between(self, layers: Sequence[float], k: int) -> NDArray[np.float64]:
         """Whole layers where the k-th control point may stand, between its neighbours."""
@@ -178,18 +178,16 @@ class Space:
 
     def scaling(self, genome: Genome) -> LayerScaling:
         """What a genome stands for."""
-        curves = [self._sampled(points, bounds) for points, bounds in zip(genome, self.curve_bounds, strict=True)]
+        curves = [self._sample(points, bounds) for points, bounds in zip(genome, self.curve_bounds, strict=True)]
         factors = (1.0,) * self.num_layers if self.vary == "temperatures" else curves[0]
         temperatures = None if self.vary == "factors" else curves[-1]
         return LayerScaling(factors, self.scheme, temperatures, extension=self.extension, combine=self.combine)
 
-    def _sampled(self, points: Points, bounds: tuple[float, float]) -> tuple[float, ...]:
-        if self.shape == "bezier":
-            return BezierCurve(points.layers, points.values).factors(
-                self.num_layers, self.first_layer, self.step, bounds
-            )
+    def _sample(self, points: Points, bounds: tuple[float, float]) -> tuple[float, ...]:
         layers = np.arange(self.first_layer, self.num_layers)
-        if self.shape == "step":
+        if self.shape == "bezier":
+            values = BezierCurve(points.layers, points.values)(layers)
+        elif self.shape == "step":
             values = np.array(points.values)[np.searchsorted(points.layers, layers, side="right") - 1]
         else:
             values = np.interp(layers, points.layers, points.values)
