@@ -208,12 +208,10 @@ def tabulate(judged: Judged, *, seconds: float, answers: int) -> pd.DataFrame:
         before, after = (found[number] for found in judged.outcomes)
         rows += [{"task": suite.name} | row for row in _compare_task(before, after)]
     for part, seen in (("search", "seen"), ("test", "not seen")):
-        text = judged.text[part]
-        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}", *text))
-        if part == "test":
-            for kind in dict.fromkeys(judged.kinds.tolist()):
-                of_kind = [nll[judged.kinds == kind] for nll in text]
-                rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}: {kind}", *of_kind))
+        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}", *judged.text[part]))
+    for kind in dict.fromkeys(judged.kinds.tolist()):
+        of_kind = [nll[judged.kinds == kind] for nll in judged.text["test"]]
+        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, not seen: {kind}", *of_kind))
     for measure, name in enumerate(_REPEATS):
         for way, kind in enumerate(("greedy", "drawn")):
             repeats = [float(free[measure, way]) for free in judged.free]
@@ -247,15 +245,14 @@ def _compare(name: str, before: NDArray[np.float64], after: NDArray[np.float64])
 
 
 def _compare_perplexity(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
-    row = _make_row(name, float(np.exp(before.mean())), float(np.exp(after.mean())))
-    change, mean = bootstrap_mean(after - before), float(np.exp(before.mean()))
-    low, high = (float(mean * np.expm1(end)) for end in (change.low, change.high))
+    change, perplexity = bootstrap_mean(after - before), float(np.exp(before.mean()))
+    low, high = (float(perplexity * np.expm1(end)) for end in (change.low, change.high))
+    row = _make_row(name, perplexity, float(np.exp(after.mean())))
     return row | {"low": low, "high": high, "p": paired_test(after, before)}
 
 
 def _make_row(measure: str, before: float, after: float) -> dict[str, Any]:
-    empty = {"low": np.nan, "high": np.nan, "p": np.nan}
-    return {"measure": measure, "no scaling": before, "found": after, "change": after - before, **empty}
+    return {"measure": measure, "no scaling": before, "found": after, "change": after - before}
 
 
 def _describe_numbers(scaling: Scaling) -> str:
