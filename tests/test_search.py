@@ -181,21 +181,27 @@ def test_the_budget_cuts_the_last_generation_and_the_ledger_makes_a_second_run_f
         search(tiny, suite, GeneticSearch(2, population=6, parents=4), budget=0)
 
 
-def test_layers_are_shared_across_the_whole_search(tiny, monkeypatch):
-    layers, alone, score = [], [], engine.score
+def test_first_layers_without_scaling_are_computed_once_for_a_whole_search(tiny, monkeypatch):
+    generations = [[LayerScaling((1.0, 1.1)), LayerScaling((1.0, 1.2))], [LayerScaling((1.0, 1.3))], []]
 
-    def counted(lm, suite, scalings, **options):
-        outcomes = score(lm, suite, scalings, **options)
-        layers.append(outcomes.layers_run)
-        alone.append(score(lm, suite, scalings).layers_run)
+    class Given:
+        def ask(self):
+            return generations.pop(0)
+
+        def tell(self, candidates, fitness):
+            pass
+
+    layers, score = [], engine.score
+
+    def counted(*args, **options):
+        outcomes = score(*args, **options)
+        layers.append((outcomes.layers_run, outcomes.layers_alone))
         return outcomes
 
     monkeypatch.setattr(engine, "score", counted)
-    genetic = GeneticSearch(2, bounds=(1.0, 1.3), population=4, parents=2, mutations=2, crossovers=2)
-    search(tiny, tasks.kv_retrieval(3, 2, keys="short"), genetic, budget=12)
-    assert len(layers) > 1
-    assert layers[0] == alone[0]
-    assert sum(layers[1:]) < sum(alone[1:])
+    search(tiny, tasks.kv_retrieval(3, 2, keys="short"), Given(), budget=9)
+    # of two contexts: the first layer once, the second for each candidate
+    assert layers == [((1 + 2) * 2, 4 * 2), (1 * 2, 2 * 2)]
 
 
 KILLED = """

@@ -1,4 +1,4 @@
-"""What a search needs of a way to search, and the space of curves over depth that most of them search in.
+"""What `search` needs of a searcher, and the space of curves over depth that most of them search in.
 
 A searcher proposes scalings (`ask`) and is told what they are worth (`tell`). It is deterministic given its seed and
 keeps nothing on disk: resuming a search is running it again, with the ledger answering for what was measured.
@@ -19,12 +19,12 @@ from lrs_utils.scaling.layers import LayerScaling
 Fitness = tuple[float, ...]  # compared left to right, greater is better
 Candidate = TypeVar("Candidate", bound=Scaling)  # what a searcher proposes
 _N_POINTS = {"bezier": 4, "linear": 2, "step": 2, "uniform": 1}  # "free" has one for each layer
-_EVEN = (1 / 3, 1 / 2)  # coordinates of inner control points that stand evenly
+_EVEN = (1 / 3, 1 / 2)  # where inner control points stand evenly: each coordinate counts from the point before
 _MOST_VALUES = 10_000  # of a control point's grid
 
 
 class Searcher(Protocol[Candidate]):
-    """What `search` needs of a way to search.
+    """What `search` needs of a searcher.
 
     One that asks the model itself counts its `answers`, see `GradientSearch`.
     """

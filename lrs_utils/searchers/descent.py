@@ -156,7 +156,7 @@ class GradientSearch:
         return [self.scaling] if left else []
 
     def tell(self, candidates: Sequence[Scaling], fitness: Sequence[Fitness]) -> None:
-        """The way downhill does not depend on it."""
+        """Nothing: the next step doesn't depend on fitness."""
 
     def _draw_questions(self, probe: Probe) -> Probe:
         """The context with at most so many of its questions, one from each stretch of depth."""

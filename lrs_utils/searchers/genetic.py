@@ -28,7 +28,7 @@ class GeneticSearch:
     p_gene : float
         Chance that a gene (one coordinate of a control point) is redrawn by mutation or visited by crossover.
     tries : int
-        Attempts at a child that is new, before another way is taken.
+        Attempts at a child that is new. After them a crossover becomes a mutation, and a mutation is left out.
     seed : int
     space
         Everything else is `Space`'s. `shape="free"` leaves the Bezier constraint out.

@@ -45,10 +45,8 @@ def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
 
 def refuse_space(lm: LM, vary: str) -> None:
     """Raise the ValueError that names a family which can't have the numbers of a space."""
-    twos = {
-        name: np.full_like(values, 2.0).T
-        for name, values in numbers_of(LayerScaling.identity(lm.num_layers), lm).items()
-    }
+    unscaled = numbers_of(LayerScaling.identity(lm.num_layers), lm)
+    twos = {name: np.full_like(values, 2.0).T for name, values in unscaled.items()}  # any number but 1 would do
     names = {name.removeprefix("=") for name in SPACES[vary]}
     if "temperatures" in names:
         obeyed = temperature_layers(lm.model)  # where they are idle there is no gradient, and they stay 1
