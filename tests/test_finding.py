@@ -22,8 +22,8 @@ from lrs_utils.finding import parts as dividing
 from lrs_utils.finding import plan as planning
 from lrs_utils.finding import stages as running
 from lrs_utils.finding.found import FIFTHS
-from lrs_utils.finding.notes import NOTES
 from lrs_utils.finding.parts import LEAST_CONTEXTS, Part, divide
+from lrs_utils.finding.plan import NOTES
 from lrs_utils.finding.stages import Run
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.files import read_factors
@@ -382,7 +382,7 @@ def choosing(tiny):
             patched.setattr(running, "score", scored)
             patched.setattr(free_text, "continue_freely", continued)
             parts = {"validation": Part([task], text, np.array(["book", "play"] * 4))}
-            run = Run(tiny, parts, None, Progress(0, ""), 0.01, 0)
+            run = Run(tiny, parts, {"max_perplexity_rise": 0.01, "seed": 0}, None, Progress(0, ""))
             run.measure_unscaled()
             best, table = run.choose([stop(number) for number in range(n_stops)])
         return None if best.is_identity else point(best), table, asked

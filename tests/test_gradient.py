@@ -101,10 +101,10 @@ def test_the_gradient_by_a_layers_temperature_is_the_sum_over_its_heads(lm, star
 
 
 @pytest.mark.parametrize("numbers", [LAYER_NUMBERS, HEAD_NUMBERS])
-def test_activations_that_are_kept_or_computed_twice_give_the_same(lm, monkeypatch, numbers):
+def test_activations_that_are_kept_or_compute_twice_give_the_same(lm, monkeypatch, numbers):
     calls = []
-    twice = gradient._computed_twice
-    monkeypatch.setattr(gradient, "_computed_twice", lambda *args: calls.append(args[0].__name__) or twice(*args))
+    twice = gradient._compute_twice
+    monkeypatch.setattr(gradient, "_compute_twice", lambda *args: calls.append(args[0].__name__) or twice(*args))
     start = fitting(lm, HEADS)
     kept = nll_gradient(lm, SUITE.probes[0], start, numbers)
     assert "run_with" not in calls

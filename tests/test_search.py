@@ -14,6 +14,7 @@ from lrs_utils import GeneticSearch, LayerScaling, Ledger, search, tasks
 from lrs_utils.models.load import LM
 from lrs_utils.scoring import outcomes as scoring
 from lrs_utils.scoring.outcomes import Outcomes
+from lrs_utils.searchers import engine
 from lrs_utils.searchers.objectives import (
     mixture,
     utilisation_over_depths_then_nll,
@@ -86,7 +87,7 @@ def test_parents_are_elitist():
     genetic.tell(first, [(float(i == 3),) for i in range(len(first))])
     for _ in range(5):
         genetic.tell(candidates := genetic.ask(), [(-1.0,)] * len(candidates))
-    assert first[3] in [member.scaling for member in genetic._members]
+    assert genetic._genomes[first[3]] in [genome for genome, _ in genetic._elite]
 
 
 def test_a_search_is_deterministic_from_its_seed():
@@ -180,12 +181,27 @@ def test_the_budget_cuts_the_last_generation_and_the_ledger_makes_a_second_run_f
         search(tiny, suite, GeneticSearch(2, population=6, parents=4), budget=0)
 
 
-def test_layers_are_shared_across_the_whole_search(tiny):
-    suite = tasks.kv_retrieval(3, 2, keys="short")
-    genetic = GeneticSearch(2, bounds=(1.0, 1.1), population=4, parents=2, mutations=2, crossovers=2)
-    result = search(tiny, suite, genetic, budget=1000)
-    assert result.layers_alone == 4 * 2 * 2
-    assert result.layers_run < result.layers_alone
+def test_first_layers_without_scaling_are_computed_once_for_a_whole_search(tiny, monkeypatch):
+    generations = [[LayerScaling((1.0, 1.1)), LayerScaling((1.0, 1.2))], [LayerScaling((1.0, 1.3))], []]
+
+    class Given:
+        def ask(self):
+            return generations.pop(0)
+
+        def tell(self, candidates, fitness):
+            pass
+
+    layers, score = [], engine.score
+
+    def counted(*args, **options):
+        outcomes = score(*args, **options)
+        layers.append((outcomes.layers_run, outcomes.layers_alone))
+        return outcomes
+
+    monkeypatch.setattr(engine, "score", counted)
+    search(tiny, tasks.kv_retrieval(3, 2, keys="short"), Given(), budget=9)
+    # of two contexts: the first layer once, the second for each candidate
+    assert layers == [((1 + 2) * 2, 4 * 2), (1 * 2, 2 * 2)]
 
 
 KILLED = """

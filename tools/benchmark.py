@@ -19,10 +19,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from result_tables import RESULTS
 from torch import Tensor
 
 from lrs_utils import tasks
 from lrs_utils.analysis import plots
+from lrs_utils.models.download import write_whole
 from lrs_utils.models.load import LM, load_lm
 from lrs_utils.notebook import ROOT, parameters_of, versions
 from lrs_utils.progress import Progress
@@ -245,7 +247,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140], help="4 or more each")
-    parser.add_argument("--out", type=Path, default=ROOT, help="folder that gets data/results and figures")
     arguments = parser.parse_args()
     search = parameters_of("06_ga_search", "cpu")
     settings = search | search["settings"]
@@ -253,7 +254,7 @@ def main() -> None:
     three = [0, (pairs - 1) // 2, pairs - 1]
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
-        ledger.load(ROOT / "data" / "results" / "06_ga_search.outcomes.csv.gz")
+        ledger.load(RESULTS / "06_ga_search.outcomes.csv.gz")
         recorded = [
             recorded_search(lm, settings, ledger, "search of U", utilisation_then_nll, three),
             recorded_search(lm, settings, ledger, "search of all depths", utilisation_over_depths_then_nll, None),
@@ -289,12 +290,9 @@ def main() -> None:
     report = "\n".join([provenance, *facts, *map(str, recorded)])
     print(table.round(3).to_string(index=False), report, sep="\n")
     plots.use_style()
-    for name in ("data/results", "figures"):
-        (arguments.out / name).mkdir(parents=True, exist_ok=True)
     comments = "".join(f"# {line}\n" for line in report.split("\n"))
-    csv = table.to_csv(index=False, float_format="%.4g")
-    (arguments.out / "data/results/benchmark.csv").write_text(comments + csv, encoding="utf-8")
-    plots.benchmark(table, pairs).savefig(arguments.out / "figures/benchmark.svg", metadata={"Date": None})
+    write_whole(RESULTS / "benchmark.csv", comments + table.to_csv(index=False, float_format="%.4g"))
+    plots.benchmark(table, pairs).savefig(ROOT / "figures" / "benchmark.svg", metadata={"Date": None})
 
 
 def _warm_up(lm: LM, scaling: LayerScaling) -> None:
@@ -306,12 +304,10 @@ def _warm_up(lm: LM, scaling: LayerScaling) -> None:
 def _machine(lm: LM) -> str:
     if lm.model.device.type == "cuda":
         return torch.cuda.get_device_name(lm.model.device)
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -13,17 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from result_tables import RESULTS, write_table
 
 from lrs_utils import Ledger, tasks
 from lrs_utils.analysis.statistics import bootstrap_mean
-from lrs_utils.models.download import write_whole
-from lrs_utils.notebook import ROOT, revision, versions
 from lrs_utils.playground.measured import read_measured
 from lrs_utils.playground.prediction import Surrogate, collect_accuracies
 
 Array = NDArray[np.float64]
 
-RESULTS = ROOT / "data" / "results"
 SHIPPED = ("06_ga_search", "07_held_out_and_transfer")
 FINGERPRINT = "8fdb7e348d6e86d3"  # SmolLM2-135M in bfloat16, which these notebooks measured
 SETS = {
@@ -58,8 +56,7 @@ def main() -> None:
         for name in SHIPPED:
             ledger.load(RESULTS / f"{name}.outcomes.csv.gz")
         rows = pd.concat([compare(name, suite, ledger) for name, suite in SETS.items()])
-    about = f"# python tools/compare_predictions.py | {versions()} | code {revision()}"
-    write_whole(RESULTS / "predictions.csv", f"{about}\n{rows.to_csv(index=False, float_format='%.4f')}")
+    write_table("predictions", rows, "compare_predictions.py", "%.4f")
     print(rows.round(4).to_string(index=False))
 
 

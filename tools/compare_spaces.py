@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from result_tables import RESULTS, describe_origin, write_table
 
 from lrs_utils import Found, LayerScaling, Ledger, find_scaling, load_lm, save_factors, score, tasks
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, paired_test
-from lrs_utils.models.download import cache_folder, write_whole
-from lrs_utils.notebook import ROOT, revision, versions
+from lrs_utils.models.download import cache_folder
+from lrs_utils.notebook import ROOT, versions
 
-TABLE = ROOT / "data" / "results" / "spaces.csv"
-OUTCOMES = ROOT / "data" / "results" / "spaces.outcomes.csv.gz"
+TABLE, OUTCOMES = RESULTS / "spaces.csv", RESULTS / "spaces.outcomes.csv.gz"
 SEARCHED = {
     "uuid": [partial(tasks.kv_retrieval, 12)],
     "short": [partial(tasks.kv_retrieval, 40, keys="short")],
@@ -57,19 +57,17 @@ def main() -> None:
             for space in options.spaces:
                 found = find_scaling(lm, SEARCHED[searched], space=space, seed=seed, ledger=ledger, **RECIPE)
                 print(f"{searched} {space} {seed}: {found}", flush=True)
-                row = _judged(lm, found, tested, searched, space, seed, ledger)
+                row = _judge(lm, found, tested, searched, space, seed, ledger)
                 file = ROOT / "build" / "spaces" / f"{searched}-{space}-{seed}.json"
                 about = {"model": lm.name, "fingerprint": lm.fingerprint, "found": found.about, "test": row}
                 save_factors(
                     file, found.scaling, **about, command="python tools/compare_spaces.py", versions=versions()
                 )
-                _add(row)
-                ledger.export(
-                    OUTCOMES, None, None, f"python tools/compare_spaces.py | {versions()} | code {revision()}"
-                )
+                _write_row(row)
+                ledger.export(OUTCOMES, None, None, describe_origin("compare_spaces.py"))
 
 
-def _judged(
+def _judge(
     lm: Any, found: Found, tested: dict[str, tasks.Suite], searched: str, space: str, seed: int, ledger: Ledger
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"space": space, "searched on": searched, "seed": seed, "numbers": _count(found)}
@@ -104,7 +102,7 @@ def _count(found: Found) -> int:
     return int(layers * each.get(found.about["space"], 1))
 
 
-def _add(row: dict[str, Any]) -> None:
+def _write_row(row: dict[str, Any]) -> None:
     """Write a row in place of an earlier one of the same search."""
     same = ["space", "searched on", "seed"]
     rows = pd.DataFrame([row])
@@ -113,8 +111,7 @@ def _add(row: dict[str, Any]) -> None:
         differs = (earlier[same] != [row[name] for name in same]).any(axis=1)
         rows = pd.concat([earlier[differs], rows])
     rows = rows.sort_values(["searched on", "space", "seed"])
-    about = f"# python tools/compare_spaces.py | {versions()} | code {revision()}"
-    write_whole(TABLE, f"{about}\n{rows.to_csv(index=False, float_format='%.5g')}")
+    write_table(TABLE.stem, rows, "compare_spaces.py", "%.5g")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from result_tables import write_table
 
 from lrs_utils import GeneticSearch, GradientSearch, Ledger, load_lm, search, tasks
-from lrs_utils.models.download import write_whole
-from lrs_utils.notebook import ROOT, revision, versions
 from lrs_utils.searchers.engine import SearchResult
 from lrs_utils.searchers.objectives import mixture
 
-TABLE = ROOT / "data" / "results" / "kills.csv"
 METHODS = ("GeneticSearch", "GradientSearch")
 
 
@@ -47,8 +45,7 @@ def main() -> None:
         for method in METHODS:
             rows.append(_compare(options.model, method, dtype, options.kills, random.Random(options.seed)))
             print(rows[-1], flush=True)
-    about = f"# python tools/kill_searches.py | {versions()} | code {revision()}"
-    write_whole(TABLE, f"{about}\n{pd.DataFrame(rows).to_csv(index=False)}")
+    write_table("kills", pd.DataFrame(rows), "kill_searches.py")
 
 
 def _search(model: str, path: str, method: str, dtype: str) -> str:

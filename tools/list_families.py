@@ -17,18 +17,17 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from result_tables import RESULTS, write_table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrs_utils import HeadScaling, LayerScaling, score, tasks
-from lrs_utils.models.download import write_whole
 from lrs_utils.models.load import LM
 from lrs_utils.models.tiny import character_tokenizer
-from lrs_utils.notebook import ROOT, revision, versions
 from lrs_utils.progress import Progress
 
-TABLE = ROOT / "data" / "results" / "families.csv"
+TABLE = RESULTS / "families.csv"
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MOST_WEIGHTS = 6_000_000
 SIZES: dict[str, Any] = {
@@ -54,9 +53,9 @@ def main() -> None:
             rows.append(verdicts(model_type))
             bar.advance(1, model_type)
             gc.collect()
-    about = f"# python tools/list_families.py | {versions()} | code {revision()}"
-    write_whole(TABLE, f"{about}\n{pd.DataFrame(rows).to_csv(index=False)}")
-    kinds = pd.DataFrame(rows).iloc[:, 2:].map(lambda verdict: str(verdict).partition(":")[0])
+    table = pd.DataFrame(rows)
+    write_table(TABLE.stem, table, "list_families.py")
+    kinds = table.iloc[:, 2:].map(lambda verdict: str(verdict).partition(":")[0])
     print(kinds.apply(pd.Series.value_counts).fillna(0).astype(int))
 
 

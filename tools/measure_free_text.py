@@ -9,11 +9,11 @@ differs by rounding alone: it is decoded beside what is drawn.
 import argparse
 
 import pandas as pd
+from result_tables import write_table
 
 from lrs_utils import LayerScaling, Ledger, load_factors, load_lm
 from lrs_utils.finding.free_text import continue_freely, distinct_trigrams, near_repeats
-from lrs_utils.models.download import cache_folder, write_whole
-from lrs_utils.notebook import ROOT, revision, versions
+from lrs_utils.models.download import cache_folder
 from lrs_utils.scaling.base import Scaling
 
 
@@ -35,12 +35,10 @@ def main() -> None:
                 ("near repeats", near_repeats(tokens)),
                 ("trigrams seen before", 1 - distinct_trigrams(tokens)),
             ):
-                row |= {f"{measure}, greedy": values[:, 0].mean(), f"{measure}, drawn": values[:, 1:].mean()}
+                row |= {f"{measure}, greedy": values[:, 0].mean(), f"{measure}, drawn": values[:, 1].mean()}
             rows.append(row)
             print(row, flush=True)
-    about = f"# python tools/measure_free_text.py {' '.join(options.factors)} | {versions()} | code {revision()}"
-    table = pd.DataFrame(rows).to_csv(index=False, float_format="%.4f")
-    write_whole(ROOT / "data" / "results" / "free_text.csv", f"{about}\n{table}")
+    write_table("free_text", pd.DataFrame(rows), f"measure_free_text.py {' '.join(options.factors)}", "%.4f")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
+from result_tables import write_table
 
 from lrs_utils import Ledger, find_scaling, load_lm, tasks
-from lrs_utils.models.download import cache_folder, write_whole
-from lrs_utils.notebook import ROOT, revision, versions
+from lrs_utils.models.download import cache_folder
 
 FIRST: dict[str, Any] = {"keys": "short", "n_pairs": 24, "steps": 12, "rate": 0.05, "text_weight": 3.0, "questions": 8}
 TRIED: dict[str, dict[str, Any]] = {
@@ -53,9 +53,7 @@ def main() -> None:
                 "seconds": found.row("search", "seconds")["found"],
             }
         )
-        about = f"# python tools/try_recipes.py | {versions()} | code {revision()}"
-        table = pd.DataFrame(rows).to_csv(index=False, float_format="%.5g")
-        write_whole(ROOT / "data" / "results" / "recipes.csv", f"{about}\n{table}")
+        write_table("recipes", pd.DataFrame(rows), "try_recipes.py", "%.5g")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class Found:
         others : mapping of name to Outcomes, optional
             Outcomes of other scalings on the test contexts (`judged.tasks[0]`), each drawn as a further line.
         """
-        n_maps = 1 + bool(isinstance(self.scaling, HeadScaling) and self.scaling.gains and self.scaling.temperatures)
+        n_maps = max(1, len(_numbers_of_heads(self.scaling)))
         ratios = (1.2, *[1] * n_maps)
         figure, (left, *maps) = plt.subplots(1, 1 + n_maps, figsize=(5.2 + 4.3 * n_maps, 3.2), width_ratios=ratios)
         suite, (before, after) = self.judged.tasks[0], (found[0] for found in self.judged.outcomes)
@@ -179,9 +179,8 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
 
 def draw_numbers(scaling: Scaling, axes: Sequence[Axes]) -> None:
     """A scaling's numbers: a map of layers and heads for each kind, or factors and temperatures over layers."""
-    if isinstance(scaling, HeadScaling) and (scaling.gains or scaling.temperatures):
-        kinds = {"gain": scaling.gains, "temperature": scaling.temperatures}
-        for ax, (name, numbers) in zip(axes, ((n, v) for n, v in kinds.items() if v), strict=True):
+    if of_heads := _numbers_of_heads(scaling):
+        for ax, (name, numbers) in zip(axes, of_heads.items(), strict=True):
             values = np.log2(np.array(numbers)).T
             limit = float(np.abs(values).max())
             bar = {"label": f"log2 of head {name}"}
@@ -208,12 +207,10 @@ def tabulate(judged: Judged, *, seconds: float, answers: int) -> pd.DataFrame:
         before, after = (found[number] for found in judged.outcomes)
         rows += [{"task": suite.name} | row for row in _compare_task(before, after)]
     for part, seen in (("search", "seen"), ("test", "not seen")):
-        text = judged.text[part]
-        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}", *text))
-        if part == "test":
-            for kind in dict.fromkeys(judged.kinds.tolist()):
-                of_kind = [nll[judged.kinds == kind] for nll in text]
-                rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}: {kind}", *of_kind))
+        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, {seen}", *judged.text[part]))
+    for kind in dict.fromkeys(judged.kinds.tolist()):
+        of_kind = [nll[judged.kinds == kind] for nll in judged.text["test"]]
+        rows.append({"task": "text"} | _compare_perplexity(f"perplexity, not seen: {kind}", *of_kind))
     for measure, name in enumerate(_REPEATS):
         for way, kind in enumerate(("greedy", "drawn")):
             repeats = [float(free[measure, way]) for free in judged.free]
@@ -247,22 +244,30 @@ def _compare(name: str, before: NDArray[np.float64], after: NDArray[np.float64])
 
 
 def _compare_perplexity(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
-    row = _make_row(name, float(np.exp(before.mean())), float(np.exp(after.mean())))
-    change, mean = bootstrap_mean(after - before), float(np.exp(before.mean()))
-    low, high = (float(mean * np.expm1(end)) for end in (change.low, change.high))
+    change, perplexity = bootstrap_mean(after - before), float(np.exp(before.mean()))
+    low, high = (float(perplexity * np.expm1(end)) for end in (change.low, change.high))
+    row = _make_row(name, perplexity, float(np.exp(after.mean())))
     return row | {"low": low, "high": high, "p": paired_test(after, before)}
 
 
 def _make_row(measure: str, before: float, after: float) -> dict[str, Any]:
-    empty = {"low": np.nan, "high": np.nan, "p": np.nan}
-    return {"measure": measure, "no scaling": before, "found": after, "change": after - before, **empty}
+    return {"measure": measure, "no scaling": before, "found": after, "change": after - before}
 
 
 def _describe_numbers(scaling: Scaling) -> str:
-    if isinstance(scaling, HeadScaling):
-        names: Sequence[tuple[str, Any]] = (("gains", scaling.gains), ("temperatures", scaling.temperatures))
-        parts = [f"{np.size(values)} head {name}" for name, values in names if values is not None]
-        parts += [f"{len(scaling.mlp_gains)} gains of MLPs"] if scaling.mlp_gains else []
-        return " and ".join(parts + ([_describe_numbers(scaling.layers)] if scaling.layers else []))
-    assert isinstance(scaling, LayerScaling)
-    return f"{len(scaling.factors)} factors" + (" and temperatures" if scaling.temperatures else "") + " of layers"
+    parts = [f"{np.size(numbers)} head {name}s" for name, numbers in _numbers_of_heads(scaling).items()]
+    if isinstance(scaling, HeadScaling) and scaling.mlp_gains:
+        parts.append(f"{len(scaling.mlp_gains)} gains of MLPs")
+    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
+    if isinstance(layers, LayerScaling):
+        names = "factors and temperatures" if layers.temperatures else "factors"
+        parts.append(f"{len(layers.factors)} {names} of layers")
+    return " and ".join(parts)
+
+
+def _numbers_of_heads(scaling: Scaling) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Gains and temperatures of heads, (layers, heads), by the name of one; those that a scaling has."""
+    if not isinstance(scaling, HeadScaling):
+        return {}
+    given = {"gain": scaling.gains, "temperature": scaling.temperatures}
+    return {name: numbers for name, numbers in given.items() if numbers}

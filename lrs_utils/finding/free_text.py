@@ -29,32 +29,31 @@ _NEAR = 3  # preceding tokens: a token that is among them is a near repeat
 
 
 def continue_freely(
-    lm: LM, scaling: Scaling, *, n_tokens: int = 64, n_samples: int = 1, seed: int = 0, ledger: Ledger | None = None
+    lm: LM, scaling: Scaling, *, n_tokens: int = 64, seed: int = 0, ledger: Ledger | None = None
 ) -> NDArray[np.int64]:
-    """Tokens that a model writes after each opening: greedily, then `n_samples` times drawn from its distribution.
+    """Tokens that a model writes after each opening: greedily, and drawn from its distribution.
 
     Decoding uses our own settings, whatever the model's generation config says: no penalty, no top-k or top-p, and no
     end-of-text token, so that all continuations have the same length.
 
     Returns
     -------
-    int array, shape (openings, 1 + n_samples, n_tokens)
+    int array, shape (openings, 2, n_tokens)
     """
-    asked = keys(seed, n_samples)
+    asked = keys(seed)
     found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, n_tokens)
     if not all(key in found for key in asked):
-        tokens = _generate(lm, scaling, n_tokens, n_samples, seed).reshape(len(asked), n_tokens)
-        texts = [" ".join(map(str, row)) for row in tokens.tolist()]
+        texts = [" ".join(map(str, row)) for row in _generate(lm, scaling, n_tokens, seed).tolist()]
         if ledger is not None:
             texts = ledger.record_texts(lm.fingerprint, scaling.key, n_tokens, asked, texts)
         found = dict(zip(asked, texts, strict=True))
     rows = [[int(token) for token in found[key].split()] for key in asked]
-    return np.array(rows).reshape(len(OPENINGS), 1 + n_samples, n_tokens)
+    return np.array(rows).reshape(len(OPENINGS), 2, n_tokens)
 
 
-def keys(seed: int = 0, n_samples: int = 1) -> list[str]:
-    """The keys of continuations in a ledger, in the order of the openings."""
-    return [f"continued {seed} {number} {opening}" for opening in OPENINGS for number in range(1 + n_samples)]
+def keys(seed: int) -> list[str]:
+    """The keys of continuations in a ledger, in the order of the openings: of each the greedy one first."""
+    return [f"continued {seed} {number} {opening}" for opening in OPENINGS for number in range(2)]
 
 
 def near_repeats(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -70,34 +69,31 @@ def distinct_trigrams(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.array(shares).reshape(tokens.shape[:-1])
 
 
-class _Drawn(LogitsProcessor):
-    """Greedy decoding with Gumbel noise on the logits draws from the distribution, so all rows go in one batch.
+class _GumbelNoise(LogitsProcessor):
+    """Noise on the logits of every second row: its greedy decoding draws from the distribution, so that the greedy
+    continuation and the drawn one go in one batch."""
 
-    The first row of each opening gets no noise. Each sample has its own generator, so that it doesn't depend on how
-    many samples there are.
-    """
-
-    def __init__(self, n_samples: int, seed: int) -> None:
-        seeds = [np.random.SeedSequence([seed, number]).generate_state(1)[0] for number in range(n_samples)]
-        self._generators = [torch.Generator().manual_seed(int(state)) for state in seeds]
+    def __init__(self, seed: int) -> None:
+        state = np.random.SeedSequence([seed, 0]).generate_state(1)[0]
+        self._generator = torch.Generator().manual_seed(int(state))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.float().reshape(-1, 1 + len(self._generators), scores.shape[-1])
-        for number, generator in enumerate(self._generators, start=1):
-            noise = torch.empty(scores[:, number].shape).exponential_(generator=generator).log_().neg_()
-            scores[:, number] += noise.to(scores.device)
-        return scores.flatten(0, 1)
+        noise = torch.empty(scores[1::2].shape).exponential_(generator=self._generator).log_().neg_()
+        scores = scores.float()
+        scores[1::2] += noise.to(scores.device)
+        return scores
 
 
 @torch.inference_mode()
-def _generate(lm: LM, scaling: Scaling, n_tokens: int, n_samples: int, seed: int) -> NDArray[np.int64]:
+def _generate(lm: LM, scaling: Scaling, n_tokens: int, seed: int) -> NDArray[np.int64]:
+    """Tokens of each row, two for each opening; shape (rows, n_tokens)."""
     prompts: Sequence[list[int]] = [lm.tokenizer(opening)["input_ids"] for opening in OPENINGS]
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts], device=lm.model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.model.device)
-    ids, mask = (values.repeat_interleave(1 + n_samples, dim=0) for values in (ids, mask))
-    drawn = LogitsProcessorList([_Drawn(n_samples, seed)])
+    ids, mask = (values.repeat_interleave(2, dim=0) for values in (ids, mask))
+    noise = LogitsProcessorList([_GumbelNoise(seed)])
     with scaling.applied_to(lm.model):
-        tokens = decode(lm, ids, mask, n_tokens, to_the_end=True, logits_processor=drawn)
-    return np.asarray(tokens.reshape(len(OPENINGS), 1 + n_samples, n_tokens).cpu().numpy())
+        tokens = decode(lm, ids, mask, n_tokens, to_the_end=True, logits_processor=noise)
+    return np.asarray(tokens.cpu().numpy())

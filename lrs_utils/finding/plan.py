@@ -1,14 +1,18 @@
-"""How much of everything a search takes: steps, contexts, tokens to read, and the time that these take here."""
+"""How much of everything a search takes: steps, contexts, tokens to read, and the time that these take here.
 
+A call keeps notes of its plan and of its seconds in the ledger, so that it plans and reports the same when resumed.
+"""
+
+import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from lrs_utils.finding.notes import find_note, keep_note, name_note
 from lrs_utils.finding.parts import LEAST_CONTEXTS, Part
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
@@ -18,6 +22,7 @@ from lrs_utils.scoring.outcomes import score
 from lrs_utils.scoring.packing import pack
 from lrs_utils.tasks import Suite
 
+NOTES = "find_scaling"  # stands in for a scaling where the ledger keeps notes
 STOPS = 2  # stopping points that validation chooses from
 DOSES = np.arange(1, 11) / 10
 GRADIENT = 2.5  # tokens scored in the time that the gradient of one takes, on two cores
@@ -43,18 +48,16 @@ class Plan:
 def measure_seconds_per_token(lm: LM, suite: Suite) -> float:
     """What a token takes here, from one context that is scored without the ledger."""
     one = replace(suite, probes=suite.probes[:1])
-    began = time.perf_counter()
+    started = time.perf_counter()
     score(lm, one, [LayerScaling.identity(lm.num_layers)], progress=Progress(0, ""))
-    return (time.perf_counter() - began) / count_context_tokens(lm, one)
+    return (time.perf_counter() - started) / count_context_tokens(lm, one)
 
 
 def count_context_tokens(lm: LM, suite: Suite, questions: int | None = None) -> float:
     """Tokens that a context takes with its questions, or with some of them; from the first few contexts."""
-    some = suite.probes[:3]
-    if questions is not None:
-        some = tuple(replace(probe, questions=probe.questions[:questions]) for probe in some)
-    packs = [pack(lm, probe, f"context {number} of {suite.name}") for number, probe in enumerate(some)]
-    return sum(len(packed.ids) for packed in packs) / len(packs)
+    some = [replace(probe, questions=probe.questions[:questions]) for probe in suite.probes[:3]]
+    counts = [len(pack(lm, probe, f"context {number} of {suite.name}").ids) for number, probe in enumerate(some)]
+    return sum(counts) / len(counts)
 
 
 def count_tokens(lm: LM, parts: Mapping[str, Part], plan: Plan, questions: int) -> int:
@@ -72,32 +75,21 @@ def count_tokens(lm: LM, parts: Mapping[str, Part], plan: Plan, questions: int) 
 
 
 def cut_to_minutes(
-    lm: LM,
-    parts: Mapping[str, Part],
-    plan: Plan,
-    questions: int,
-    *,
-    minutes: float,
-    seconds_per_token: float,
-    ledger: Ledger,
+    lm: LM, parts: Mapping[str, Part], plan: Plan, questions: int, minutes: float, seconds_per_token: float
 ) -> Plan:
-    """The plan, cut until it fits into `minutes`; a resumed run keeps the plan that it began with.
+    """The plan, cut until it fits into `minutes`.
 
     Raises
     ------
     ValueError
         Even the smallest search takes longer.
     """
-    fingerprints = [suite.fingerprint for part in parts.values() for suite in part.tasks]
-    note = name_note("plan", [minutes, plan.__dict__, questions, fingerprints])
-    if kept := find_note(ledger, lm, note):
-        return Plan(**json.loads(kept))
     affordable = 60 * minutes / seconds_per_token
     for share in np.linspace(1, 0, 51):
         smaller = _shrink(plan, share)
         needed = count_tokens(lm, parts, smaller, questions)
         if needed <= affordable:
-            return Plan(**json.loads(keep_note(ledger, lm, note, json.dumps(smaller.__dict__))))
+            return smaller
     times = math.ceil(10 * needed / affordable) / 10
     raise ValueError(
         f"minutes are too few: the smallest search ({_LEAST['steps']} steps) takes about {times:.1f} times as long "
@@ -111,3 +103,17 @@ def _shrink(plan: Plan, share: float) -> Plan:
     return replace(
         plan, **{name: max(min(_LEAST[name], count), round(share * count)) for name, count in counts.items()}
     )
+
+
+def name_note(subject: str, parts: Mapping[str, Part], *about: Any) -> str:
+    """The key of a note on a call, by its tasks and by what else it depends on (plain JSON values)."""
+    fingerprints = [suite.fingerprint for part in parts.values() for suite in part.tasks]
+    return f"{subject} {hashlib.sha256(json.dumps([*about, fingerprints]).encode()).hexdigest()[:16]}"
+
+
+def keep_note(ledger: Ledger, lm: LM, note: str, make: Callable[[], Any]) -> Any:
+    """What a note says: what was kept first, else what `make` gives (plain JSON values), which is kept."""
+    kept = ledger.find_texts(lm.fingerprint, NOTES, 0).get(note)
+    if kept is None:
+        [kept] = ledger.record_texts(lm.fingerprint, NOTES, 0, [note], [json.dumps(make())])
+    return json.loads(kept)

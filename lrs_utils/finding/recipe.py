@@ -1,7 +1,7 @@
 """A scaling that helps your model, in one call: search, choice on validation, one test.
 
 The recipe is ours. It follows the gradient of the answers' nll, each task's divided by its value without scaling, plus
-the nll of plain text, in the numbers of a space (`numbers.SPACES`). Validation contexts choose the stopping point and
+the nll of plain text, in the numbers of a space (`learned.SPACES`). Validation contexts choose the stopping point and
 the dose; test contexts, which nothing has seen, are scored once.
 """
 
@@ -9,14 +9,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lrs_utils.arguments import instance
+from lrs_utils.arguments import instance, whole
 from lrs_utils.finding.found import Found, tabulate
-from lrs_utils.finding.parts import Part, Task, divide
-from lrs_utils.finding.plan import STOPS, Plan, count_tokens, cut_to_minutes, measure_seconds_per_token
+from lrs_utils.finding.parts import Task, divide
+from lrs_utils.finding.plan import (
+    STOPS,
+    Plan,
+    count_tokens,
+    cut_to_minutes,
+    keep_note,
+    measure_seconds_per_token,
+    name_note,
+)
 from lrs_utils.finding.stages import Run
 from lrs_utils.models.download import cache_folder
 from lrs_utils.models.load import LM
@@ -97,7 +106,9 @@ def find_scaling(
     instance("lm", lm, LM, "what `load_lm` returns")
     if task is None or task in ([], ()):
         raise ValueError(f"task is {task}; give a function, a suite or the path of a file, or a list of them")
-    _refuse_bad(space, max_perplexity_rise, minutes, steps, contexts, {"stretches": stretches, "questions": questions})
+    _refuse_bad(space, max_perplexity_rise, minutes, contexts)
+    for name, value, least in (("steps", steps, STOPS), ("stretches", stretches, 2), ("questions", questions, 1)):
+        whole(name, value, least=least)
     started = time.monotonic()
     given = [task] if isinstance(task, str | Path | Suite) or callable(task) else list(task)
     vary = _choose_space(lm, space)
@@ -105,22 +116,36 @@ def find_scaling(
     texts = default_texts() if texts is None else dict(texts)
     if not texts:
         raise ValueError("texts is empty; give at least one by name, or None for a book, facts and a play")
-    wanted = Plan(steps, *contexts, stretches)
-    plan, parts, n_tokens = _make_plan(lm, given, texts, wanted, questions, minutes, seed, ledger)
+    plan = Plan(steps, *contexts, stretches)
+    parts = divide(given, texts, plan.n_contexts, stretches, seed)
+    speed = measure_seconds_per_token(lm, parts["validation"].tasks[0])
+    if minutes is not None:
+        note = name_note("plan", parts, minutes, asdict(plan), questions)
+        cut = partial(cut_to_minutes, lm, parts, plan, questions, minutes, speed)
+        plan = Plan(**keep_note(ledger, lm, note, lambda: asdict(cut())))
+        parts = divide(given, texts, plan.n_contexts, stretches, seed)
+    # a file may hold fewer contexts than asked for
+    plan = replace(plan, **{name: max(len(suite.probes) for suite in part.tasks) for name, part in parts.items()})
+    n_tokens = count_tokens(lm, parts, plan, questions)
+    names = " and ".join(suite.name for suite in parts["search"].tasks)
+    print(
+        f"{lm.name}: {plan.steps} steps over {plan.search} contexts of {names}, then {plan.validation} to choose and "
+        f"{plan.test} to test on: about {n_tokens * speed / 60:.1f} minutes here",
+        flush=True,
+    )
     about: dict[str, Any] = {  # the ledger finds a run's notes by it, so its order matters
         "space": vary, "seed": seed, "max_perplexity_rise": max_perplexity_rise, "text_weight": text_weight,
-        "questions": questions, **plan.__dict__, "rate": rate or _RATES.get(vary, 0.05),
+        "questions": questions, **asdict(plan), "rate": rate or _RATES.get(vary, 0.05),
         "valid for": _measure_lengths(lm, parts["test"].tasks), "texts": list(texts),
     }  # fmt: skip
     bar = Progress(n_tokens, "finding")
     with bar.entered():
-        run = Run(lm, parts, ledger, bar, max_perplexity_rise, seed)
+        run = Run(lm, parts, about, ledger, bar)
         run.measure_unscaled()
-        stops = run.search({name: about[name] for name in ("steps", "rate")} | {"vary": vary}, text_weight, questions)
-        scaling, choices = run.choose(stops)
+        scaling, choices = run.choose(run.search())
         judged = run.test(scaling)
         bar.advance(max(0, bar.total - bar.done), "done")
-    seconds = float(run.note_once("seconds", about, f"{time.monotonic() - started:.1f}"))
+    seconds = run.keep_seconds(time.monotonic() - started)
     table = tabulate(judged, seconds=seconds, answers=run.answers)
     return Found(lm, scaling, table, choices, judged, about, run.evidence)
 
@@ -145,35 +170,6 @@ def default_texts() -> dict[str, str]:
     }
 
 
-def _make_plan(
-    lm: LM,
-    given: Sequence[Task],
-    texts: Mapping[str, str],
-    wanted: Plan,
-    questions: int,
-    minutes: float | None,
-    seed: int,
-    ledger: Ledger,
-) -> tuple[Plan, dict[str, Part], int]:
-    """What will be done, on what, and the tokens to read; a line says it, with the time that it takes here."""
-    parts = divide(given, texts, wanted.n_contexts, wanted.stretches, seed)
-    speed = measure_seconds_per_token(lm, parts["validation"].tasks[0])
-    plan = wanted
-    if minutes is not None:
-        plan = cut_to_minutes(lm, parts, wanted, questions, minutes=minutes, seconds_per_token=speed, ledger=ledger)
-        parts = divide(given, texts, plan.n_contexts, plan.stretches, seed)
-    # a file may hold fewer contexts than asked for
-    plan = replace(plan, **{name: max(len(suite.probes) for suite in part.tasks) for name, part in parts.items()})
-    n_tokens = count_tokens(lm, parts, plan, questions)
-    names = " and ".join(suite.name for suite in parts["search"].tasks)
-    print(
-        f"{lm.name}: {plan.steps} steps over {plan.search} contexts of {names}, then {plan.validation} to choose and "
-        f"{plan.test} to test on: about {n_tokens * speed / 60:.1f} minutes here",
-        flush=True,
-    )
-    return plan, parts, n_tokens
-
-
 def _measure_lengths(lm: LM, suites: Sequence[Suite]) -> list[dict[str, Any]]:
     """What was tested: tasks, and the tokens of their shortest and longest context."""
     found = []
@@ -183,9 +179,7 @@ def _measure_lengths(lm: LM, suites: Sequence[Suite]) -> list[dict[str, Any]]:
     return found
 
 
-def _refuse_bad(
-    space: str, rise: float, minutes: float | None, steps: int, contexts: Sequence[int], counts: Mapping[str, int]
-) -> None:
+def _refuse_bad(space: str, rise: float, minutes: float | None, contexts: Sequence[int]) -> None:
     spaces = ("auto", "layers", *SPACES)
     if space not in spaces:
         raise ValueError(f"space is {space!r}; choose one of {', '.join(spaces)}")
@@ -193,11 +187,5 @@ def _refuse_bad(
         raise ValueError(f"max_perplexity_rise is {rise}; give a share from 0 on (0.01 is 1 %)")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; give more than 0, or None for no limit")
-    if steps < STOPS:
-        raise ValueError(f"steps is {steps}; it must be at least {STOPS}")
     if len(contexts) != 3 or min(contexts) < 2:
         raise ValueError(f"contexts is {tuple(contexts)}; give (search, validation, test), each at least 2")
-    for name, value in counts.items():
-        least = 2 if name == "stretches" else 1
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")

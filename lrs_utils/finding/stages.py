@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions
 from lrs_utils.finding import free_text
 from lrs_utils.finding.found import Judged
-from lrs_utils.finding.notes import NOTES, keep_note, name_note
 from lrs_utils.finding.parts import Part
-from lrs_utils.finding.plan import DOSES, GRADIENT, STOPS, count_context_tokens
+from lrs_utils.finding.plan import DOSES, GRADIENT, NOTES, STOPS, count_context_tokens, keep_note, name_note
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Scaling
@@ -32,6 +31,11 @@ _LOOPS = 0.02  # repeats may rise by this much, or by more if within chance over
 class Run:
     """One call of `find_scaling`; its steps are called in the order in which they stand here.
 
+    Parameters
+    ----------
+    about : mapping
+        Settings of the search, as `Found.about` keeps them.
+
     Attributes
     ----------
     answers : int
@@ -39,10 +43,9 @@ class Run:
     """
 
     def __init__(
-        self, lm: LM, parts: Mapping[str, Part], ledger: Ledger, bar: Progress, max_perplexity_rise: float, seed: int
+        self, lm: LM, parts: Mapping[str, Part], about: Mapping[str, Any], ledger: Ledger, bar: Progress
     ) -> None:
-        self._lm, self._parts, self._ledger, self._bar, self._seed = lm, parts, ledger, bar, seed
-        self._max_perplexity_rise = max_perplexity_rise
+        self._lm, self._parts, self._about, self._ledger, self._bar = lm, parts, about, ledger, bar
         self._unscaled = LayerScaling.identity(lm.num_layers)
         self.answers = 0
         self._keys: set[str] = {self._unscaled.key}
@@ -59,24 +62,24 @@ class Run:
         self._unscaled_text = self._score_text("validation", self._unscaled)
         self._unscaled_repeats = self._measure_repeats(self._unscaled)
 
-    def search(self, options: Mapping[str, Any], text_weight: float, questions: int) -> list[Scaling]:
+    def search(self) -> list[Scaling]:
         """The scaling at each stopping point, the last one first."""
-        suites = [*self._parts["search"].tasks, self._parts["search"].text]
-        weights = [1 / max(float(np.nanmean(o.nll)), 1e-6) for o in self._unscaled_outcomes] + [text_weight]
-        tokens = [count_context_tokens(self._lm, suite, questions) for suite in suites]
+        about, suites = self._about, [*self._parts["search"].tasks, self._parts["search"].text]
+        weights = [1 / max(float(np.nanmean(o.nll)), 1e-6) for o in self._unscaled_outcomes] + [about["text_weight"]]
+        tokens = [count_context_tokens(self._lm, suite, about["questions"]) for suite in suites]
         bar = self._bar.part(sum(tokens) / len(tokens) * GRADIENT / PRICE)
         searcher = GradientSearch(
             self._lm, suites, weights=weights, start=LayerScaling.uniform(1.0, self._lm.num_layers, _SCHEME),
-            every=math.ceil(options["steps"] / STOPS), questions=questions, ledger=self._ledger, seed=self._seed,
-            progress=bar, **options,
+            vary=about["space"], steps=about["steps"], rate=about["rate"], every=math.ceil(about["steps"] / STOPS),
+            questions=about["questions"], ledger=self._ledger, seed=about["seed"], progress=bar,
         )  # fmt: skip
         stops: list[Scaling] = []
         while asked := searcher.ask():
             stops += asked
         self.answers += searcher.answers
         self._keys |= {scaling.key for scaling in searcher.visited}
-        self._questions |= {*searcher.filed}
-        return stops[:0:-1]
+        self._questions |= {*searcher.gradient_keys}
+        return stops[:0:-1]  # without the start
 
     def choose(self, stops: Sequence[Scaling]) -> tuple[Scaling, pd.DataFrame]:
         """The largest dose within all limits at each stopping point; of those the one that gains most."""
@@ -101,13 +104,12 @@ class Run:
         repeats = [self._measure_repeats(s).mean(axis=-1) for s in both]
         return Judged(part.tasks, outcomes, text, part.kinds, repeats)
 
-    def note_once(self, subject: str, about: Mapping[str, Any], text: str) -> str:
-        """What the ledger noted when this call was first made; `text` if that is now."""
-        fingerprints = [suite.fingerprint for part in self._parts.values() for suite in part.tasks]
-        note = name_note(subject, [about, fingerprints])
+    def keep_seconds(self, seconds: float) -> float:
+        """The seconds of the call when it was first made, from the ledger; `seconds` if that is now."""
+        note = name_note("seconds", self._parts, self._about)
         self._keys.add(NOTES)
         self._questions.add(note)
-        return keep_note(self._ledger, self._lm, note, text)
+        return float(keep_note(self._ledger, self._lm, note, lambda: round(seconds, 1)))
 
     def _try_doses(self, stop: Scaling) -> Iterator[tuple[float, Scaling, dict[str, Any]]]:
         """Doses of a stopping point that are worth a look, the largest first, and what validation says of each."""
@@ -156,11 +158,11 @@ class Run:
     def _reads_text_as_well(self, scaling: Scaling) -> bool:
         """Whether the rise of perplexity, its standard error added, is within the limit. Half of the stretches are
         enough if the rise is two standard errors away from it."""
-        n = len(self._unscaled_text)
+        n, limit = len(self._unscaled_text), self._about["max_perplexity_rise"]
         rise, error = self._measure_perplexity_rise(scaling, n // 2 if n >= 8 else n)
-        if abs(rise - self._max_perplexity_rise) <= 2 * error:
+        if abs(rise - limit) <= 2 * error:
             rise, error = self._measure_perplexity_rise(scaling)
-        return rise + error <= self._max_perplexity_rise
+        return bool(rise + error <= limit)
 
     def _measure_perplexity_rise(self, scaling: Scaling, n: int | None = None) -> tuple[float, float]:
         """By what share perplexity rises on the first n validation stretches, and its standard error."""
@@ -169,10 +171,11 @@ class Run:
 
     def _measure_repeats(self, scaling: Scaling) -> NDArray[np.float64]:
         """Near repeats and trigrams seen before in free text, shape (2, greedy and drawn, openings)."""
-        self._questions |= {*free_text.keys(self._seed)}
-        tokens = free_text.continue_freely(self._lm, scaling, seed=self._seed, ledger=self._ledger)
+        seed = self._about["seed"]
+        self._questions |= {*free_text.keys(seed)}
+        tokens = free_text.continue_freely(self._lm, scaling, seed=seed, ledger=self._ledger)
         measured = np.array([free_text.near_repeats(tokens), 1 - free_text.distinct_trigrams(tokens)])
-        return np.stack([measured[..., 0], measured[..., 1:].mean(axis=-1)], axis=1)
+        return np.stack([measured[..., 0], measured[..., 1]], axis=1)  # a copy: means depend on the layout in memory
 
     def _score_tasks(self, part: str, scaling: Scaling) -> list[Outcomes]:
         outcomes = [self._score(suite, scaling) for suite in self._parts[part].tasks]

@@ -1,10 +1,10 @@
-"""What a search needs of a way to search, and the space of curves over depth that most of them search in.
+"""What `search` needs of a searcher, and the space of curves over depth that most of them search in.
 
 A searcher proposes scalings (`ask`) and is told what they are worth (`tell`). It is deterministic given its seed and
 keeps nothing on disk: resuming a search is running it again, with the ledger answering for what was measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol, TypeVar
 
@@ -19,12 +19,12 @@ from lrs_utils.scaling.layers import LayerScaling
 Fitness = tuple[float, ...]  # compared left to right, greater is better
 Candidate = TypeVar("Candidate", bound=Scaling)  # what a searcher proposes
 _N_POINTS = {"bezier": 4, "linear": 2, "step": 2, "uniform": 1}  # "free" has one for each layer
-_EVEN = (1 / 3, 1 / 2)  # coordinates of inner control points that stand evenly
+_EVEN = (1 / 3, 1 / 2)  # where inner control points stand evenly: each coordinate counts from the point before
 _MOST_VALUES = 10_000  # of a control point's grid
 
 
 class Searcher(Protocol[Candidate]):
-    """What `search` needs of a way to search.
+    """What `search` needs of a searcher.
 
     One that asks the model itself counts its `answers`, see `GradientSearch`.
     """
@@ -68,8 +68,11 @@ class Space:
         layer, another from it on. "uniform": one value. "free": a value for each layer.
     vary : str
         "factors" (the paper's), "temperatures" or "both" (our extension, see `LayerScaling`).
-    scheme, extension, combine
-        How factors enter the frequencies, and what they come on top of: as in `LayerScaling`.
+    scheme : str
+        How factors enter the frequencies, as in `LayerScaling`.
+    make : function
+        Makes a scaling of factors, scheme and temperatures: `partial(ExtendedScaling, extension=4)` for factors on top
+        of a stretch of the whole model.
     first_layer : int
         Layers before it stay as they are.
     bounds, temperature_bounds : (low, high)
@@ -89,8 +92,7 @@ class Space:
     shape: str = "bezier"
     vary: str = "factors"
     scheme: str = "pi"
-    extension: float = 1.0
-    combine: str = "multiply"
+    make: Callable[..., LayerScaling] = LayerScaling
     first_layer: int = 0
     bounds: tuple[float, float] = (1.0, 2.0)
     temperature_bounds: tuple[float, float] = (0.5, 2.0)
@@ -145,8 +147,8 @@ class Space:
 
     def moves(self, k: int) -> bool:
         """Whether the k-th control point of a curve may stand elsewhere."""
-        room = self.num_layers - self.first_layer >= 4  # for four points on whole layers
-        return self.move_layers and room and (self.shape, k) in (("bezier", 1), ("bezier", 2), ("step", 1))
+        enough_layers = self.num_layers - self.first_layer >= 4  # each of four points on a layer of its own
+        return self.move_layers and enough_layers and (self.shape, k) in (("bezier", 1), ("bezier", 2), ("step", 1))
 
     def between(self, layers: Sequence[float], k: int) -> NDArray[np.float64]:
         """Whole layers where the k-th control point may stand, between its neighbours."""
@@ -178,18 +180,16 @@ class Space:
 
     def scaling(self, genome: Genome) -> LayerScaling:
         """What a genome stands for."""
-        curves = [self._sampled(points, bounds) for points, bounds in zip(genome, self.curve_bounds, strict=True)]
+        curves = [self._sample(points, bounds) for points, bounds in zip(genome, self.curve_bounds, strict=True)]
         factors = (1.0,) * self.num_layers if self.vary == "temperatures" else curves[0]
         temperatures = None if self.vary == "factors" else curves[-1]
-        return LayerScaling(factors, self.scheme, temperatures, extension=self.extension, combine=self.combine)
+        return self.make(factors, self.scheme, temperatures)
 
-    def _sampled(self, points: Points, bounds: tuple[float, float]) -> tuple[float, ...]:
-        if self.shape == "bezier":
-            return BezierCurve(points.layers, points.values).factors(
-                self.num_layers, self.first_layer, self.step, bounds
-            )
+    def _sample(self, points: Points, bounds: tuple[float, float]) -> tuple[float, ...]:
         layers = np.arange(self.first_layer, self.num_layers)
-        if self.shape == "step":
+        if self.shape == "bezier":
+            values = BezierCurve(points.layers, points.values)(layers)
+        elif self.shape == "step":
             values = np.array(points.values)[np.searchsorted(points.layers, layers, side="right") - 1]
         else:
             values = np.interp(layers, points.layers, points.values)

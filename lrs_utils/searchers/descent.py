@@ -1,7 +1,7 @@
 """The search that follows the gradient of the nll downhill, in numbers of layers or heads (ours, not the paper's)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.curves import Fitness
 from lrs_utils.searchers.gradient import PRICE, gradient_key, nll_gradient
-from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, layers_and_heads, numbers_of, refuse_space
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, layers_of, numbers_of, refuse_space
 from lrs_utils.tasks import Probe, Suite
 
 
@@ -38,7 +38,7 @@ class GradientSearch:
     weights : sequence of float, optional
         Of the suites' nll in their sum; 1 each by default.
     vary : str
-        What is learned, a name of `numbers.SPACES`: "factors", "temperatures" or "both" (of layers),
+        What is learned, a name of `learned.SPACES`: "factors", "temperatures" or "both" (of layers),
         "head_temperatures", "head_gains" or "heads" (both), "outputs".
     start : Scaling, optional
         No scaling by default. Its scheme (not "yarn") and extension are kept.
@@ -90,37 +90,39 @@ class GradientSearch:
         if len(self._weights) != len(self._suites):
             raise ValueError(f"weights has {len(self._weights)} values for {len(self._suites)} suites")
         self._lm, self._start = lm, LayerScaling.identity(lm.num_layers) if start is None else start
-        self._bounds = _widest(lm, self._suites, self._start, extrapolate) if bounds is None else bounds
+        self._bounds = _find_widest_bounds(lm, self._suites, self._start, extrapolate) if bounds is None else bounds
         self._extrapolate, self._progress, self._ledger = extrapolate, progress, ledger
         self._steps, self._every, self._questions = steps, every, questions
         self._values = numbers_of(self._start, lm)
-        self._learn(vary)
+        self._choose_numbers(vary)
         refuse_space(lm, vary)
         rates = {"temperatures": temperature_rate}
         groups = [{"params": [row], "lr": rates.get(name, rate)} for name, row in self._logs.items()]
         self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
         rng = np.random.default_rng(seed)
-        self._order = [_orders(rng.spawn(1)[0], len(suite.probes)) for suite in self._suites]
-        self._drawn = rng.spawn(1)[0]
-        self._begun = False
+        self._orders = [_shuffle_forever(rng.spawn(1)[0], len(suite.probes)) for suite in self._suites]
+        self._question_rng = rng.spawn(1)[0]
+        self._start_asked = False
         self.nll: list[list[float]] = []  # of each step, suite by suite
         self.gradients: list[NDArray[np.float64]] = []  # of each step, (rows, layers), and where it was taken
         self.visited: list[Scaling] = []
-        self.filed: list[str] = []  # keys of the gradients, as `gradient_key` makes them
+        self.gradient_keys: list[str] = []
 
-    def _learn(self, vary: str) -> None:
-        """The logs of what a space learns, and the numbers whose gradient that takes."""
+    def _choose_numbers(self, vary: str) -> None:
+        """Set the logs of what a space learns, what their exponentials multiply, and which gradient that takes."""
         self._numbers = tuple(name.removeprefix("=") for name in SPACES[vary])
         if {*LAYER_NUMBERS} & {*self._numbers}:
             self._numbers = LAYER_NUMBERS  # one gradient for all searches of layers
         self._logs: dict[str, Tensor] = {}
-        self._base: dict[str, Any] = {}  # what their exponentials multiply
-        for name in SPACES[vary]:
-            values = torch.tensor(self._values[name.removeprefix("=")], dtype=torch.float32)
-            if name[0] == "=":
-                self._base[name[1:]], values = self._values[name[1:]], torch.ones(1, self._lm.num_layers)
-            self._logs[name.removeprefix("=")] = values.log().requires_grad_()
+        self._base: dict[str, Any] = {}
+        for entry in SPACES[vary]:
+            name = entry.removeprefix("=")
+            if entry == name:
+                self._base[name], values = 1.0, torch.tensor(self._values[name], dtype=torch.float32)
+            else:  # one multiplier for all heads of a layer
+                self._base[name], values = self._values[name], torch.ones(1, self._lm.num_layers)
+            self._logs[name] = values.log().requires_grad_()
 
     @property
     def answers(self) -> int:
@@ -131,26 +133,20 @@ class GradientSearch:
     @property
     def scaling(self) -> Scaling:
         """Where the search is."""
-        return self._with(
-            {
-                name: self._base.get(name, 1.0) * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
-                for name, logs in self._logs.items()
-            }
-        )
-
-    def _with(self, changed: Mapping[str, NDArray[np.float64]]) -> Scaling:
-        """The start with some numbers changed."""
-        values, (layers, heads) = self._values | {**changed}, layers_and_heads(self._start, self._lm)
+        values = {**self._values}
+        for name, logs in self._logs.items():
+            values[name] = self._base[name] * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
+        layers = layers_of(self._start, self._lm)
         layers = replace(layers, factors=values["factors"][0], temperatures=values["temperatures"][0])
-        if heads is None and not {*HEAD_NUMBERS} & {*changed}:
+        if not isinstance(self._start, HeadScaling) and not {*HEAD_NUMBERS} & {*self._logs}:
             return layers
         of_heads = [values[name].T for name in ("head_temperatures", "head_gains")]
         return HeadScaling(*of_heads, mlp_gains=values["mlp_gains"][0], layers=layers)
 
     def ask(self) -> list[Scaling]:
         """The start, then where the next few steps lead."""
-        if not self._begun:
-            self._begun = True
+        if not self._start_asked:
+            self._start_asked = True
             return [self._start]
         left = min(self._every, self._steps - len(self.nll))
         bar = self._progress or Progress(left * len(self._suites) * PRICE, "gradient")
@@ -160,24 +156,25 @@ class GradientSearch:
         return [self.scaling] if left else []
 
     def tell(self, candidates: Sequence[Scaling], fitness: Sequence[Fitness]) -> None:
-        """The way downhill does not depend on it."""
+        """Nothing: the next step doesn't depend on fitness."""
 
-    def _asking_some(self, probe: Probe) -> Probe:
+    def _draw_questions(self, probe: Probe) -> Probe:
+        """The context with at most so many of its questions, one from each stretch of depth."""
         if self._questions is None or len(probe.questions) <= self._questions:
             return probe
         by_depth = sorted(range(len(probe.questions)), key=lambda q: probe.questions[q].position)
-        some = [int(self._drawn.choice(part)) for part in np.array_split(by_depth, self._questions)]
+        some = [int(self._question_rng.choice(part)) for part in np.array_split(by_depth, self._questions)]
         return replace(probe, questions=tuple(probe.questions[q] for q in sorted(some)))
 
     def _step(self, bar: Progress) -> None:
         scaling, parts, losses = self.scaling, [], []
-        for suite, weight, order in zip(self._suites, self._weights, self._order, strict=True):
-            probe = self._asking_some(suite.probes[next(order)])
+        for suite, weight, order in zip(self._suites, self._weights, self._orders, strict=True):
+            probe = self._draw_questions(suite.probes[next(order)])
             nll, gradient = nll_gradient(
                 self._lm, probe, scaling, self._numbers, extrapolate=self._extrapolate, ledger=self._ledger
             )
-            layers, _ = layers_and_heads(scaling, self._lm)
-            self.filed.append(gradient_key(probe, layers.scheme, layers.combine, self._numbers))
+            layers = layers_of(scaling, self._lm)
+            self.gradient_keys.append(gradient_key(probe, layers.scheme, layers.combine, self._numbers))
             losses.append(nll)
             parts.append(weight * gradient)
             bar.advance(PRICE)
@@ -185,8 +182,8 @@ class GradientSearch:
         by_number = np.split(total, np.cumsum([len(self._values[name]) for name in self._numbers])[:-1])
         for name, gradient in zip(self._numbers, by_number, strict=True):
             if (logs := self._logs.get(name)) is not None:
-                tied = len(logs) < len(gradient)
-                logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if tied else gradient, dtype=logs.dtype)
+                shared = len(logs) < len(gradient)  # one log for all heads of a layer: the sum of theirs
+                logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if shared else gradient, dtype=logs.dtype)
         self._adam.step()
         self._cosine.step()
         if "factors" in self._logs:
@@ -198,7 +195,8 @@ class GradientSearch:
         bar.advance(0, f"step {len(self.nll)} of {self._steps}, nll {shown}")
 
 
-def _orders(rng: np.random.Generator, n: int) -> Iterator[int]:
+def _shuffle_forever(rng: np.random.Generator, n: int) -> Iterator[int]:
+    """Indices of n contexts: all of them in random order, again and again."""
     while True:
         yield from rng.permutation(n).tolist()
 
@@ -217,9 +215,9 @@ def _refuse_bad(
         raise ValueError(f"bounds is {bounds}; factors need 0 < low < high")
 
 
-def _widest(lm: LM, suites: Sequence[Suite], start: Scaling, extrapolate: bool) -> tuple[float, float]:
+def _find_widest_bounds(lm: LM, suites: Sequence[Suite], start: Scaling, extrapolate: bool) -> tuple[float, float]:
     """Bounds of factors that only keep the longest context within the window, and the start within them."""
-    layers, _ = layers_and_heads(start, lm)
+    layers = layers_of(start, lm)
     low = 0.0
     if not extrapolate:
         longest = max(pack(lm, probe, "a context").longest for suite in suites for probe in suite.probes)

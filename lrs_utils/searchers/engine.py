@@ -40,8 +40,6 @@ class SearchResult(Generic[Candidate]):
         `gradient.PRICE`.
     recomputed : int
         Outcomes the model was run for; the others came from the ledger.
-    layers_run, layers_alone : int
-        Decoder layers computed, and how many there would have been with each candidate on its own (see `score`).
     """
 
     candidates: list[Candidate] = field(default_factory=list)
@@ -49,8 +47,6 @@ class SearchResult(Generic[Candidate]):
     generation: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     recomputed: int = 0
-    layers_run: int = 0
-    layers_alone: int = 0
 
     @property
     def best(self) -> Candidate:
@@ -94,7 +90,8 @@ def search(
     """
     suites = [suite] if isinstance(suite, Suite) else list(suite)
     _refuse_bad(suites, budget, ledger, objective)
-    result, shared = SearchResult[Candidate](), Shared()
+    result, shared, generation = SearchResult[Candidate](), Shared(), 0
+    answers_each = sum(int(s.asked.sum()) for s in suites)
     with Progress(budget * sum(len(s.probes) for s in suites), "search").entered() as bar:
         while len(result.candidates) < budget and (asked := searcher.ask()):
             asked = asked[: budget - len(result.candidates)]
@@ -105,15 +102,17 @@ def search(
                 )
                 for s in suites
             ]  # fmt: skip
-            told = _worth(objective, outcomes, asked)
-            searcher.tell(asked, told)
-            _add_generation(result, asked, told, outcomes)
-            each = sum(int(s.asked.sum()) for s in suites)
-            known, own = len(result.answers), getattr(searcher, "answers", 0)
-            result.answers += [each * (known + nth) + own for nth in range(1, len(asked) + 1)]
+            fitness = _rate(objective, outcomes, asked)
+            searcher.tell(asked, fitness)
+            before, own = len(result.candidates), getattr(searcher, "answers", 0)
+            result.answers += [answers_each * (before + nth) + own for nth in range(1, len(asked) + 1)]
+            result.candidates += asked
+            result.fitness += fitness
+            result.generation += [generation] * len(asked)
+            result.recomputed += sum(o.recomputed for o in outcomes)
             best = ", ".join(f"{value:.3f}" for value in max(result.fitness))
-            done = f"generation {result.generation[-1]}: {len(result.candidates)} candidates"
-            bar.advance(0, f"{done}, best fitness {best}")
+            bar.advance(0, f"generation {generation}: {len(result.candidates)} candidates, best fitness {best}")
+            generation += 1
     return result
 
 
@@ -130,24 +129,10 @@ def _refuse_bad(suites: Sequence[Suite], budget: int, ledger: Ledger | None, obj
         )
 
 
-def _worth(objective: Objective, outcomes: Sequence[Outcomes], asked: Sequence[Scaling]) -> list[Fitness]:
-    """The fitness of each candidate, refused where it can't be compared."""
-    told: list[Fitness] = []
-    for candidate, fitness in zip(asked, objective(*outcomes), strict=True):
-        told.append(tuple(fitness))
-        if any(math.isnan(value) for value in told[-1]):
-            raise ValueError(f"the objective gave {told[-1]} to {candidate}; candidates are compared by it")
-    return told
-
-
-def _add_generation(
-    result: SearchResult[Candidate], asked: Sequence[Candidate], told: Sequence[Fitness], outcomes: Sequence[Outcomes]
-) -> None:
-    """Add a generation to the result."""
-    number = result.generation[-1] + 1 if result.generation else 0
-    result.candidates += asked
-    result.fitness += told
-    result.generation += [number] * len(asked)
-    result.recomputed += sum(o.recomputed for o in outcomes)
-    result.layers_run += sum(o.layers_run for o in outcomes)
-    result.layers_alone += sum(o.layers_alone for o in outcomes)
+def _rate(objective: Objective, outcomes: Sequence[Outcomes], candidates: Sequence[Scaling]) -> list[Fitness]:
+    """The fitness of each candidate; nan is refused, since it can't be compared."""
+    rated = [tuple(fitness) for fitness in objective(*outcomes)]
+    for candidate, fitness in zip(candidates, rated, strict=True):
+        if any(map(math.isnan, fitness)):
+            raise ValueError(f"the objective gave {fitness} to {candidate}; candidates are compared by it")
+    return rated

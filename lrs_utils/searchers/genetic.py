@@ -1,7 +1,6 @@
 """The paper's genetic algorithm (2503.04355) over control points of curves, and random draws of the same."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,6 @@ from lrs_utils.arguments import number, whole
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.searchers.curves import Fitness, Genome, Points, Space
-
-
-@dataclass(frozen=True)
-class _Member:
-    genome: Genome
-    scaling: LayerScaling
-    fitness: Fitness
 
 
 class GeneticSearch:
@@ -36,7 +28,7 @@ class GeneticSearch:
     p_gene : float
         Chance that a gene (one coordinate of a control point) is redrawn by mutation or visited by crossover.
     tries : int
-        Attempts at a child that is new, before another way is taken.
+        Attempts at a child that is new. After them a crossover becomes a mutation, and a mutation is left out.
     seed : int
     space
         Everything else is `Space`'s. `shape="free"` leaves the Bezier constraint out.
@@ -67,23 +59,24 @@ class GeneticSearch:
         self._p_gene, self._tries = p_gene, tries
         self._rng = np.random.default_rng(seed)
         self._genomes: dict[LayerScaling, Genome] = {}  # of everything ever proposed
-        self._members: list[_Member] = []
+        self._elite: list[tuple[Genome, Fitness]] = []  # the fittest first
 
     def ask(self) -> list[LayerScaling]:
         """The flat curve and its mutations first; then children of the fittest."""
         if not self._genomes:
             children = [self._claim(self.space.flat)]
-            children += [self._mutant(self.space.flat) for _ in range(self._population - 1)]
+            children += [self._mutate(self.space.flat) for _ in range(self._population - 1)]
         else:
-            children = [self._mutant(self._parent().genome) for _ in range(self._mutations)]
-            children += [self._child() for _ in range(self._crossovers)]
+            parents = (self._elite[self._rng.integers(len(self._elite))][0] for _ in range(self._mutations))
+            children = [self._mutate(genome) for genome in parents]  # each drawn when it is mutated
+            children += [self._cross() for _ in range(self._crossovers)]
         return [scaling for scaling in children if scaling is not None]
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
         """Keep the fittest `parents` of everything told so far."""
-        self._members += [_Member(self._genomes[c], c, f) for c, f in zip(candidates, fitness, strict=True)]
-        self._members.sort(key=lambda member: member.fitness, reverse=True)  # stable: of equals the older stays
-        del self._members[self._parents :]
+        self._elite += zip([self._genomes[candidate] for candidate in candidates], fitness, strict=True)
+        self._elite.sort(key=lambda member: member[1], reverse=True)  # stable: of equals the older stays
+        del self._elite[self._parents :]
 
     def curve(self, scaling: LayerScaling) -> BezierCurve:
         """The control points behind the factors of a scaling that this search proposed (shape "bezier")."""
@@ -98,10 +91,7 @@ class GeneticSearch:
         self._genomes[scaling] = genome
         return scaling
 
-    def _parent(self) -> _Member:
-        return self._members[self._rng.integers(len(self._members))]
-
-    def _mutant(self, genome: Genome) -> LayerScaling | None:
+    def _mutate(self, genome: Genome) -> LayerScaling | None:
         """Redraw genes, again and again on top of what was redrawn, until the scaling is new."""
         curves = [(list(points.layers), list(points.values)) for points in genome]
         for _ in range(self._tries):
@@ -113,18 +103,17 @@ class GeneticSearch:
                         between = self.space.between(layers, k)
                         if len(between):
                             layers[k] = float(self._rng.choice(between))
-            if (scaling := self._claim(_genome(curves))) is not None:
+            if (scaling := self._claim(_make_genome(curves))) is not None:
                 return scaling
         return None
 
-    def _child(self) -> LayerScaling | None:
+    def _cross(self) -> LayerScaling | None:
         """Cross two parents: the better one, with genes of the other; the first that is new is taken."""
-        if len(self._members) < 2:
-            return self._mutant(self._members[0].genome)
-        # members are sorted, so the smaller index is the fitter parent
-        better, other = (
-            self._members[i].genome for i in sorted(self._rng.choice(len(self._members), 2, replace=False))
-        )
+        if len(self._elite) < 2:
+            return self._mutate(self._elite[0][0])
+        # the elite is sorted, so the smaller index is the fitter parent
+        two = sorted(self._rng.choice(len(self._elite), 2, replace=False))
+        better, other = (self._elite[i][0] for i in two)
         for _ in range(self._tries):
             curves = [(list(points.layers), list(points.values)) for points in better]
             for c, k in ((c, k) for c, points in enumerate(better) for k in range(len(points.values))):
@@ -132,12 +121,12 @@ class GeneticSearch:
                     if self._rng.random() < self._p_gene and self._rng.random() < 0.5:
                         gene[k] = theirs[k]
                 in_order = all(layers == sorted(set(layers)) for layers, _ in curves)
-                if in_order and (scaling := self._claim(_genome(curves))) is not None:
+                if in_order and (scaling := self._claim(_make_genome(curves))) is not None:
                     return scaling
-        return self._mutant(better)
+        return self._mutate(better)
 
 
-def _genome(curves: Sequence[tuple[list[float], list[float]]]) -> Genome:
+def _make_genome(curves: Sequence[tuple[list[float], list[float]]]) -> Genome:
     return tuple(Points(tuple(layers), tuple(values)) for layers, values in curves)
 
 
@@ -163,17 +152,17 @@ class RandomSearch:
     def ask(self) -> list[LayerScaling]:
         """Candidates not proposed before; none where a hundred draws in a row find no new one."""
         asked: list[LayerScaling] = []
-        misses = 0
+        misses, n_coordinates = 0, len(self.space.start_coordinates)
         while len(asked) < self._batch and misses < 100:
-            scaling = self.space.scaling(self._drawn() if self._seen else self.space.flat)
-            misses = misses + 1 if scaling in self._seen else 0
-            if not misses:
+            genome = self.space.genome(self._rng.random(n_coordinates)) if self._seen else self.space.flat
+            scaling = self.space.scaling(genome)
+            if scaling in self._seen:
+                misses += 1
+            else:
+                misses = 0
                 self._seen.add(scaling)
                 asked.append(scaling)
         return asked
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
         """Nothing is learned."""
-
-    def _drawn(self) -> Genome:
-        return self.space.genome(self._rng.random(len(self.space.start_coordinates)))

@@ -6,6 +6,7 @@ activations again instead of keeping them). Ours; the paper (2503.04355) searche
 """
 
 import hashlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, pack
 from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
-from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, layers_and_heads, numbers_of
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, layers_of, numbers_of
 from lrs_utils.tasks import Probe
 
 _KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice
@@ -65,31 +66,30 @@ def nll_gradient(
     ValueError
         Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
     """
-    layers, _ = layers_and_heads(scaling, lm)
+    layers = layers_of(scaling, lm)
     if layers.scheme == "yarn":
         raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
-    filed = gradient_key(probe, layers.scheme, layers.combine, numbers)
-    if ledger is not None:
-        known = ledger.find_gradient(lm.fingerprint, scaling.key, filed)
-        if known is not None:
-            return known
-    result = _differentiated(lm, probe, scaling, numbers, extrapolate)
-    if ledger is not None:
-        result = ledger.record_gradient(lm.fingerprint, scaling.key, filed, *result)
-    return result
+    if ledger is None:
+        return _differentiate(lm, probe, scaling, numbers, extrapolate)
+    key = gradient_key(probe, layers.scheme, layers.combine, numbers)
+    found = ledger.find_gradient(lm.fingerprint, scaling.key, key)
+    if found is None:
+        computed = _differentiate(lm, probe, scaling, numbers, extrapolate)
+        found = ledger.record_gradient(lm.fingerprint, scaling.key, key, *computed)
+    return found
 
 
 def gradient_key(probe: Probe, scheme: str, combine: str = "multiply", numbers: Sequence[str] = LAYER_NUMBERS) -> str:
-    """What a context's gradient is filed under: by what it is taken of, and by the way that factors enter, which a key
-    without factors leaves out."""
+    """The name of a context's gradient in a ledger: what is differentiated, by what, and how factors enter, which a
+    scaling's key leaves out where all factors are 1."""
     scheme += " /" * (combine == "divide")
     if tuple(numbers) != LAYER_NUMBERS:
         scheme += " " + " ".join(numbers)
     return hashlib.sha256("|".join((scheme, *probe.keys)).encode()).hexdigest()[:16]
 
 
-def _differentiated(
+def _differentiate(
     lm: LM, probe: Probe, scaling: Scaling, numbers: Sequence[str], extrapolate: bool
 ) -> tuple[float, NDArray[np.float64]]:
     packed = pack(lm, probe, "a context")
@@ -102,15 +102,15 @@ def _differentiated(
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
     with torch.enable_grad(), PackedForward(lm, length=length) as forward:
-        states = _last_states(lm, forward, layout, scaling, now, numbers)
-        nll, by_states = _mean_nll(forward, layout, packed.owner, states.detach())
+        states = _run_layers(lm, forward, layout, scaling, now, numbers)
+        nll, by_states = _average_nll(forward, layout, packed.owner, states.detach())
         gradient = torch.cat(torch.autograd.grad(states, list(changes.values()), by_states))
     if not gradient.isfinite().all():
         raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
     return nll, np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
 
 
-def _last_states(
+def _run_layers(
     lm: LM,
     forward: PackedForward,
     layout: Layout,
@@ -119,8 +119,9 @@ def _last_states(
     numbers: Sequence[str],
 ) -> Tensor:
     """The last layer's output where the numbers are `now`, in a form that `numbers` can be differentiated through."""
-    layers, _ = layers_and_heads(scaling, lm)
-    through = _computed_twice if _activation_bytes(lm, layout.length) > _KEPT_BYTES else _kept
+    layers = layers_of(scaling, lm)
+    keeps_all = _count_activation_bytes(lm, layout.length) <= _KEPT_BYTES
+    run: Callable[..., Tensor] = operator.call if keeps_all else _compute_twice
     of_layers = bool({*LAYER_NUMBERS} & {*numbers})
     with torch.no_grad():
         hidden = forward.embed(layout)
@@ -130,12 +131,14 @@ def _last_states(
             table = forward.differentiable_table(at, layers, *(now[name][0, at] for name in LAYER_NUMBERS))
         else:
             table = forward.table(at, setting)
-        by = [v[None] if n in numbers or (v != 1).any() else None for n in HEAD_NUMBERS for v in [now[n][:, at]]]
-        hidden = through(forward.run_with, at, hidden, table, *by)
+        of_heads = {name: now[name][:, at] for name in HEAD_NUMBERS}
+        # what is 1 and not asked about is left out, as it is where the layer is scored
+        multipliers = [v[None] if name in numbers or (v != 1).any() else None for name, v in of_heads.items()]
+        hidden = run(forward.run_with, at, hidden, table, *multipliers)
     return hidden
 
 
-def _mean_nll(
+def _average_nll(
     forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor
 ) -> tuple[float, Tensor]:
     """The mean over questions of their answers' mean nll, and its gradient by the last layer's output.
@@ -155,15 +158,11 @@ def _mean_nll(
     return (torch.cat(losses) / n_tokens[owner]).sum().item() / len(n_tokens), gradient
 
 
-def _kept(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    return function(*args)
-
-
-def _computed_twice(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def _compute_twice(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
 
 
-def _activation_bytes(lm: LM, n_tokens: int) -> int:
+def _count_activation_bytes(lm: LM, n_tokens: int) -> int:
     """About what a forward pass keeps for its gradient: measured on SmolLM2, 50 KB a token and layer in float32."""
     config = lm.model.config.get_text_config()
     numbers = 10 * config.hidden_size + 4 * config.intermediate_size

@@ -24,28 +24,29 @@ SPACES = {
 
 def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
     """A scaling's numbers by name, each of shape (rows, layers): one row for a number of a layer, one for each head."""
-    layers, heads = layers_and_heads(scaling, lm)
-    n_heads, ones = int(lm.model.config.get_text_config().num_attention_heads), np.ones(lm.num_layers)
+    layers = layers_of(scaling, lm)
+    heads = scaling if isinstance(scaling, HeadScaling) else HeadScaling(layers=layers)
     given = {
         "factors": layers.factors,
         "temperatures": layers.temperatures,
-        "head_temperatures": None if heads is None or heads.temperatures is None else np.transpose(heads.temperatures),
-        "head_gains": None if heads is None or heads.gains is None else np.transpose(heads.gains),
-        "mlp_gains": None if heads is None else heads.mlp_gains,
+        "head_temperatures": heads.temperatures,
+        "head_gains": heads.gains,
+        "mlp_gains": heads.mlp_gains,
     }
-    rows = {name: n_heads if name in ("head_temperatures", "head_gains") else 1 for name in given}
+    n_heads = int(lm.model.config.get_text_config().num_attention_heads)
+    rows = {"head_temperatures": n_heads, "head_gains": n_heads}
     return {
-        name: np.tile(ones, (rows[name], 1)) if values is None else np.array(values, float).reshape(rows[name], -1)
+        name: np.ones((rows.get(name, 1), lm.num_layers))
+        if values is None
+        else np.atleast_2d(np.transpose(values)).astype(float)
         for name, values in given.items()
     }
 
 
 def refuse_space(lm: LM, vary: str) -> None:
     """Raise the ValueError that names a family which can't have the numbers of a space."""
-    twos = {
-        name: np.full_like(values, 2.0).T
-        for name, values in numbers_of(LayerScaling.identity(lm.num_layers), lm).items()
-    }
+    unscaled = numbers_of(LayerScaling.identity(lm.num_layers), lm)
+    twos = {name: np.full_like(values, 2.0).T for name, values in unscaled.items()}  # any number but 1 would do
     names = {name.removeprefix("=") for name in SPACES[vary]}
     if "temperatures" in names:
         obeyed = temperature_layers(lm.model)  # where they are idle there is no gradient, and they stay 1
@@ -56,8 +57,7 @@ def refuse_space(lm: LM, vary: str) -> None:
         HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)
 
 
-def layers_and_heads(scaling: Scaling, lm: LM) -> tuple[LayerScaling, HeadScaling | None]:
-    """A scaling's part of layers, no scaling where it has none, and its part of heads."""
-    heads = scaling if isinstance(scaling, HeadScaling) else None
-    layers = scaling if heads is None else heads.layers
-    return (layers if isinstance(layers, LayerScaling) else LayerScaling.identity(lm.num_layers)), heads
+def layers_of(scaling: Scaling, lm: LM) -> LayerScaling:
+    """A scaling's part of layers; no scaling where it has none."""
+    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
+    return layers if isinstance(layers, LayerScaling) else LayerScaling.identity(lm.num_layers)

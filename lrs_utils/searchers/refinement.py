@@ -34,32 +34,33 @@ class RefinementSearch:
         self._moves = [*product(varied(vary), range(len(start.factors)), (1 + step, 1 / (1 + step)))]
         self._rng, self._at_once, self._best = np.random.default_rng(seed), moves, start
         self._together: LayerScaling | None = None
-        self._worth: dict[LayerScaling, Fitness | None] = {}  # None: asked
+        self._asked: set[LayerScaling] = set()
+        self._fitness: dict[LayerScaling, Fitness] = {}
         self._made_by: dict[LayerScaling, tuple[int, int, float]] = {}
 
     def ask(self) -> list[LayerScaling]:
         """The start; then single moves from the best, and the good ones of the last generation together."""
-        if not self._worth:
+        if not self._asked:
             asked = [self._best]
         else:
             moves = [self._moves[i] for i in self._rng.permutation(len(self._moves))]
-            self._made_by = {_moved(self._best, [move]): move for move in moves}
-            asked = [scaling for scaling in self._made_by if scaling not in self._worth][: self._at_once]
-            if self._together is not None and self._together not in self._worth:
+            self._made_by = {_move(self._best, [move]): move for move in moves}
+            asked = [scaling for scaling in self._made_by if scaling not in self._asked][: self._at_once]
+            if self._together is not None and self._together not in self._asked:
                 asked = list(dict.fromkeys([self._together, *asked]))
-        self._worth |= dict.fromkeys(asked)
+        self._asked |= {*asked}
         return asked
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
         """Go on from the best; remember which moves were good."""
-        self._worth |= zip(candidates, fitness, strict=True)
-        before, told = self._best, {c: f for c, f in self._worth.items() if f is not None}
-        good = [self._made_by[c] for c in candidates if c in self._made_by and told[c] > told[before]]
-        self._together = _moved(before, good) if len(good) > 1 else None
-        self._best = max(told, key=lambda scaling: told[scaling])
+        self._fitness |= zip(candidates, fitness, strict=True)
+        moved = [(self._made_by[c], self._fitness[c]) for c in candidates if c in self._made_by]
+        good = [move for move, worth in moved if worth > self._fitness[self._best]]
+        self._together = _move(self._best, good) if len(good) > 1 else None
+        self._best = max(self._fitness, key=lambda scaling: self._fitness[scaling])  # of equals the first found
 
 
-def _moved(scaling: LayerScaling, moves: Sequence[tuple[int, int, float]]) -> LayerScaling:
+def _move(scaling: LayerScaling, moves: Sequence[tuple[int, int, float]]) -> LayerScaling:
     values = np.array([scaling.factors, scaling.temperatures or (1.0,) * len(scaling.factors)])
     for row, layer, change in moves:
         values[row, layer] = round(values[row, layer] * change, 6)

@@ -38,30 +38,30 @@ class CmaEsSearch:
         bounds = np.tile([0.0, 1.0], (len(start), 1))
         self._cma = cmaes.CMA(start, sigma, bounds=bounds, seed=seed, population_size=population)
         self._asked: list[tuple[LayerScaling, NDArray[np.float64]]] = []
-        self._worth: dict[LayerScaling, Fitness] = {}
+        self._fitness: dict[LayerScaling, Fitness] = {}
 
     def ask(self) -> list[LayerScaling]:
         """A generation; points that give the same scaling stand for one candidate. Seen ones aren't asked again."""
         for _ in range(100):  # generations of nothing new
             self._asked = []
-            if not self._worth:
+            if not self._fitness:
                 self._asked.append((self.space.scaling(self.space.flat), self.space.start_coordinates))
             while len(self._asked) < self._cma.population_size:
                 point = self._cma.ask()
                 self._asked.append((self.space.scaling(self.space.genome(point)), point))
-            new = [scaling for scaling in dict.fromkeys(s for s, _ in self._asked) if scaling not in self._worth]
+            new = [scaling for scaling in dict.fromkeys(s for s, _ in self._asked) if scaling not in self._fitness]
             if new:
                 return new
             self.tell([], [])
         return []
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
-        """The generation's worth, by rank: the whole fitness tuple counts."""
-        self._worth |= zip(candidates, fitness, strict=True)
-        if any(scaling not in self._worth for scaling, _ in self._asked):
+        """The generation's fitness, by rank: the whole fitness tuple counts."""
+        self._fitness |= zip(candidates, fitness, strict=True)
+        if any(scaling not in self._fitness for scaling, _ in self._asked):
             return  # the budget ended within the generation
-        ranks = sorted({self._worth[scaling] for scaling, _ in self._asked}, reverse=True)
-        self._cma.tell([(point, float(ranks.index(self._worth[scaling]))) for scaling, point in self._asked])
+        ranks = sorted({self._fitness[scaling] for scaling, _ in self._asked}, reverse=True)
+        self._cma.tell([(point, float(ranks.index(self._fitness[scaling]))) for scaling, point in self._asked])
 
 
 class LinearSearch(CmaEsSearch):
@@ -96,7 +96,7 @@ class TpeSearch:
         self._range: Any = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
         self._study.enqueue_trial(dict(zip(names, self.space.start_coordinates.tolist(), strict=True)))
         self._trials: dict[LayerScaling, list[Any]] = {}  # waiting to be told
-        self._worth: dict[LayerScaling, float] = {}
+        self._fitness: dict[LayerScaling, float] = {}
 
     def ask(self) -> list[LayerScaling]:
         """A batch; points whose scaling was seen before are told at once."""
@@ -104,17 +104,19 @@ class TpeSearch:
             if len(self._trials) == self._batch:
                 break
             trial = self._study.ask(self._range)
-            genome = self.space.genome(list(trial.params.values())) if self._worth or self._trials else self.space.flat
+            genome = (
+                self.space.genome(list(trial.params.values())) if self._fitness or self._trials else self.space.flat
+            )
             scaling = self.space.scaling(genome)
-            if scaling in self._worth:
-                self._study.tell(trial, self._worth[scaling])
+            if scaling in self._fitness:
+                self._study.tell(trial, self._fitness[scaling])
             else:
                 self._trials.setdefault(scaling, []).append(trial)
         return list(self._trials)
 
     def tell(self, candidates: Sequence[LayerScaling], fitness: Sequence[Fitness]) -> None:
-        """The batch's worth, of which TPE uses the first number."""
-        for scaling, worth in zip(candidates, fitness, strict=True):
-            self._worth[scaling] = worth[0]
+        """The batch's fitness, of which TPE uses the first number."""
+        for scaling, (first, *_) in zip(candidates, fitness, strict=True):
+            self._fitness[scaling] = first
             for trial in self._trials.pop(scaling):
-                self._study.tell(trial, worth[0])
+                self._study.tell(trial, first)
