@@ -14,7 +14,7 @@ from lrs_utils.models.load import LM
 from lrs_utils.playground.measured import MeasuredScaling
 from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, Surrogate
 from lrs_utils.playground.worker import Measurer
-from lrs_utils.scaling.bezier import BezierCurve
+from lrs_utils.scaling.bezier import BezierCurve, on_grid
 from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import SCHEMES
@@ -65,20 +65,18 @@ class Playground:
         self.lm, self.bounds, self.step, self.first_layer = lm, bounds, step, first_layer
         self._make_suite = make_suite
         self.presets = self._make_presets() | dict(presets or {})
-        self.curve, self.scheme, self.status = self.presets["no scaling"], SCHEMES[0], ""
-        self._past, self._future = [(self.curve, self.scheme)], list[tuple[BezierCurve, str]]()
+        self.curve, self.scheme = self.presets["no scaling"], SCHEMES[0]
+        self._steps, self._step_shown = [(self.curve, self.scheme)], 0  # to undo and redo
         self._listeners: list[Callable[[bool], None]] = []
         self._dragged = False
         self._measurer = Measurer(
             lm,
             Path(ledger),
             remember_settled=self._remember_step,
-            set_status=self._set_status,
             tell_change=lambda: self._tell_listeners(moved=False),
         )
-        self._lock = (
-            self._measurer.lock
-        )  # of the curve, its history and the status; never held while listeners are told
+        # of the curve, its steps and the message, too; never held while listeners are told
+        self._lock = self._measurer.lock
         self.set_size(n_pairs, n_contexts)
 
     @property
@@ -120,14 +118,19 @@ class Playground:
         return self._measurer.busy
 
     @property
+    def status(self) -> str:
+        """The latest message since the last change, or else what is known of the present curve, in a line."""
+        return self._measurer.message or self._describe_curve()
+
+    @property
     def can_undo(self) -> bool:
         """Whether `undo` would change anything."""
-        return len(self._past) > 1 or self._past[-1] != (self.curve, self.scheme)
+        return self._step_shown > 0 or self._steps[0] != (self.curve, self.scheme)
 
     @property
     def can_redo(self) -> bool:
         """Whether `redo` would change anything."""
-        return bool(self._future)
+        return self._step_shown < len(self._steps) - 1
 
     def subscribe(self, listener: Callable[[bool], None]) -> None:
         """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
@@ -162,7 +165,7 @@ class Playground:
         self._measurer.set_suite(self._make_suite(n_pairs, n_contexts))
         with self._lock:
             self.n_pairs, self.n_contexts = n_pairs, n_contexts
-            self._set_status()
+            self._measurer.message = ""
         self._tell_listeners(moved=False)
 
     def drag(self, begins: bool) -> None:
@@ -192,21 +195,11 @@ class Playground:
 
     def undo(self) -> None:
         """Back to the curve before the last change."""
-        with self._lock:
-            self._remember_step()
-            if len(self._past) > 1:
-                self._future.append(self._past.pop())
-            self._replace(*self._past[-1])
-        self._tell_listeners(moved=True)
+        self._show_step(-1)
 
     def redo(self) -> None:
         """Forward again."""
-        with self._lock:
-            self._remember_step()
-            if self._future:
-                self._past.append(self._future.pop())
-            self._replace(*self._past[-1])
-        self._tell_listeners(moved=True)
+        self._show_step(1)
 
     def save(self, path: str | Path) -> None:
         """Write the factors, with the curve and what is known of them, as a factor file."""
@@ -221,7 +214,7 @@ class Playground:
     def show_status(self, line: str) -> None:
         """Show a line of status until the next change."""
         with self._lock:
-            self._set_status(line)
+            self._measurer.message = line
         self._tell_listeners(moved=False)
 
     def _change(self, curve: BezierCurve, scheme: str) -> None:
@@ -236,19 +229,22 @@ class Playground:
         self._measurer.cancel()
         if not self._dragged:
             self._measurer.start(self.scaling, _SETTLE_SECONDS)
-        self._set_status()
+        self._measurer.message = ""
 
     def _remember_step(self) -> None:
-        """Make the present curve a step to come back to."""
-        if self._past[-1] != (self.curve, self.scheme):
-            self._past.append((self.curve, self.scheme))
-            self._future.clear()
+        """Make the present curve a step to come back to; steps that were undone are forgotten."""
+        if self._steps[self._step_shown] != (self.curve, self.scheme):
+            self._step_shown += 1
+            self._steps[self._step_shown :] = [(self.curve, self.scheme)]
 
-    def _set_status(self, line: str = "") -> None:
-        self.status = line or self._describe_curve()
+    def _show_step(self, steps_on: int) -> None:
+        with self._lock:
+            self._remember_step()
+            self._step_shown = min(max(self._step_shown + steps_on, 0), len(self._steps) - 1)
+            self._replace(*self._steps[self._step_shown])
+        self._tell_listeners(moved=True)
 
     def _describe_curve(self) -> str:
-        """What is known of the present curve, in a line."""
         measured, line = self.measured.get(self.scaling.key), "not measured yet"
         if measured is not None:
             done = f"{len(measured.exact)} of {len(self.suite.probes)} contexts"
@@ -270,9 +266,7 @@ class Playground:
         }
 
     def _snap(self, value: float) -> float:
-        low, high = (edge / self.step for edge in self.bounds)
-        steps = np.clip(np.round(value / self.step), np.ceil(low - 1e-9), np.floor(high + 1e-9))
-        return float(np.round(steps * self.step, 10))
+        return float(on_grid(np.array(value), self.step, self.bounds))
 
     def _tell_listeners(self, moved: bool) -> None:
         for listener in self._listeners:

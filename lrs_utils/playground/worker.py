@@ -2,13 +2,11 @@
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +23,14 @@ from lrs_utils.scoring.outcomes import score
 from lrs_utils.scoring.trie import Shared
 from lrs_utils.tasks import Suite
 
-_model_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()  # a model serves one measurement at a time
-_latest_measurers: WeakKeyDictionary[Any, "weakref.ref[Measurer]"] = WeakKeyDictionary()  # by model
+# By the model's id, which stays its own: a measurer keeps its model alive.
+_latest_measurers: WeakValueDictionary[int, "Measurer"] = WeakValueDictionary()
 
 
 class Measurer:
     """Measures one scaling and the baseline in the background, context by context, and keeps what is known.
 
-    A new measurement takes the place of the running one, which ends before its next layer. The callbacks serve what
-    shows this; `lock` guards all that changes here, and may guard more that has to change together with it.
+    A new measurement takes the place of the running one, which ends before its next layer.
 
     Parameters
     ----------
@@ -41,14 +38,16 @@ class Measurer:
     ledger : Path
     remember_settled : function () -> None
         Called when a measurement begins, with the lock held.
-    set_status : function (line) -> None
-        Called with a line on progress, or with "" when a measurement has ended as expected; with the lock held.
     tell_change : function () -> None
         Called after every change, without the lock.
 
     Attributes
     ----------
+    lock : RLock
+        Guards all that changes here, and may guard more that has to change together with it.
     suite : Suite
+    message : str
+        What is shown instead of what is known: progress or an error; "" once a measurement has ended as expected.
     measured : dict of str to MeasuredScaling
         By scaling key, on this suite.
     surrogate : Surrogate or None
@@ -58,31 +57,27 @@ class Measurer:
     suite: Suite
 
     def __init__(
-        self,
-        lm: LM,
-        ledger: Path,
-        *,
-        remember_settled: Callable[[], None],
-        set_status: Callable[[str], None],
-        tell_change: Callable[[], None],
+        self, lm: LM, ledger: Path, *, remember_settled: Callable[[], None], tell_change: Callable[[], None]
     ) -> None:
         self._lm, self._ledger = lm, ledger
-        self._remember_settled, self._set_status, self._tell_change = remember_settled, set_status, tell_change
+        self._remember_settled, self._tell_change = remember_settled, tell_change
         self.lock = threading.RLock()
+        self.message = ""
         self.measured: dict[str, MeasuredScaling] = {}
         self.surrogate: Surrogate | None = None
-        self._measurement = _Measurement()
         self._shared_outputs = Shared()
-        self._model_in_use = _model_locks.setdefault(lm.model, threading.Lock())
-        earlier = _latest_measurers[lm.model]() if lm.model in _latest_measurers else None
-        if earlier is not None:
+        self._measuring = threading.Lock()  # one measurement at a time
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()  # of the latest measurement: it was cancelled or has ended
+        self._over.set()
+        if (earlier := _latest_measurers.get(id(lm.model))) is not None:
             earlier.stop()  # its notebook cell was run again
-        _latest_measurers[lm.model] = weakref.ref(self)
+        _latest_measurers[id(lm.model)] = self
 
     @property
     def busy(self) -> bool:
         """Whether something is measured, or about to be."""
-        return not (self._measurement.ended.is_set() or self._measurement.cancelled.is_set())
+        return not self._over.is_set()
 
     def set_suite(self, suite: Suite) -> None:
         """Measure on these contexts from now on; what the ledger knows of them is there at once."""
@@ -97,20 +92,19 @@ class Measurer:
         """Measure a scaling as far as it is not known, once `delay` seconds have passed without another call."""
         with self.lock:
             self.cancel()
-            self._measurement = measurement = _Measurement()
-            measurement.ended.clear()
-            measurement.thread = threading.Thread(target=self._run, args=(measurement, scaling, delay), daemon=True)
-            measurement.thread.start()
+            self._over = threading.Event()
+            self._thread = threading.Thread(target=self._run, args=(scaling, delay, self._over), daemon=True)
+            self._thread.start()
 
     def cancel(self) -> None:
         """Have the running measurement end soon; what was measured is kept."""
         with self.lock:
-            self._measurement.cancelled.set()
+            self._over.set()
 
     def wait(self) -> None:
         """Until the running measurement has ended."""
         with self.lock:
-            thread = self._measurement.thread
+            thread = self._thread
         if thread is not None:
             thread.join()
 
@@ -118,38 +112,38 @@ class Measurer:
         """Cancel and wait until the model is free."""
         self.cancel()
         self.wait()
-        with self._model_in_use:  # one that was cancelled before may still be inside
+        with self._measuring:  # one that was cancelled before may still be inside
             pass
         self._tell_change()
 
-    def _run(self, measurement: "_Measurement", scaling: LayerScaling, delay: float) -> None:
+    def _run(self, scaling: LayerScaling, delay: float, over: threading.Event) -> None:
         """In a thread of its own: wait until changes have settled and the model is free, then measure."""
-        line = ""
+        message = ""
         try:
-            if measurement.cancelled.wait(delay):
+            if over.wait(delay):
                 return
-            with self._model_in_use:
-                self._measure(measurement, scaling)
+            with self._measuring:
+                self._measure(scaling, over)
             self._refit_surrogate()
         except _Cancelled:
-            line = "stopped; what was measured is kept"
+            message = "stopped; what was measured is kept"
         except Exception as error:  # no one waits for this thread, so no one else could catch it
-            line = describe_error(error)
+            message = describe_error(error)
         finally:
-            measurement.ended.set()
+            over.set()
             with self.lock:
-                if self._measurement is measurement:  # else the status is that of a later change
-                    self._set_status(line)
+                if self._over is over:  # else the message is that of a later change
+                    self.message = message
             self._tell_change()
 
-    def _measure(self, measurement: "_Measurement", scaling: LayerScaling) -> None:
+    def _measure(self, scaling: LayerScaling, over: threading.Event) -> None:
         with self.lock:
-            if measurement.cancelled.is_set():
+            if over.is_set():
                 return
             self._remember_settled()
             suite, unmeasured = self.suite, self._list_unmeasured(scaling)
         began, n_answered = time.monotonic(), 0
-        with Ledger(self._ledger) as ledger, _cancel_between_layers(self._lm, measurement.cancelled):
+        with Ledger(self._ledger) as ledger, _cancel_between_layers(self._lm, over):
             for n_done, (context, measured) in enumerate(unmeasured, 1):
                 one_context = replace(suite, probes=suite.probes[context : context + 1])
                 outcomes = score(
@@ -163,10 +157,10 @@ class Measurer:
                 n_answered += outcomes.recomputed
                 seconds_left = (time.monotonic() - began) / n_done * (len(unmeasured) - n_done)
                 with self.lock:
-                    if self.suite is not suite or measurement.cancelled.is_set():
+                    if self.suite is not suite or over.is_set():
                         raise _Cancelled
                     self._add(measured, context, outcomes.exact[0, 0])
-                    self._set_status(
+                    self.message = (
                         f"context {context + 1} of {len(suite.probes)}, {n_answered} questions answered, "
                         f"{seconds_left:.0f} s left"
                     )
@@ -200,15 +194,6 @@ def describe_error(error: BaseException) -> str:
     return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
-class _Measurement:
-    """One run of the measuring thread; as made, it has ended."""
-
-    def __init__(self) -> None:
-        self.cancelled, self.ended = threading.Event(), threading.Event()
-        self.thread: threading.Thread | None = None
-        self.ended.set()
-
-
 class _Cancelled(Exception):
     """Raised inside the model to end a measurement."""
 
@@ -225,12 +210,12 @@ class _HiddenProgress(Progress):
 
 
 @contextmanager
-def _cancel_between_layers(lm: LM, cancelled: threading.Event) -> Iterator[None]:
-    """Let this thread's measurement end before the next layer once `cancelled` is set: a context may take seconds."""
+def _cancel_between_layers(lm: LM, over: threading.Event) -> Iterator[None]:
+    """Let this thread's measurement end before the next layer once `over` is set: a context may take seconds."""
     measuring_thread = threading.get_ident()
 
     def check(*_: object) -> None:
-        if cancelled.is_set() and threading.get_ident() == measuring_thread:
+        if over.is_set() and threading.get_ident() == measuring_thread:
             raise _Cancelled
 
     with used_alone(lm.model):
