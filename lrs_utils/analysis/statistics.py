@@ -212,7 +212,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resampl
     """
     x, y = _paired_units(x, y)
     at = np.random.default_rng(0).integers(len(x), size=(resamples, len(x)))
-    found = np.sort(_spearman(x[at], y[at]))
+    found = _spearman(x[at], y[at])
     found = found[~np.isnan(found)]  # resamples of one value only
     return Interval(_spearman(x, y), *np.asarray(np.quantile(found, [(1 - level) / 2, (1 + level) / 2])))
 
