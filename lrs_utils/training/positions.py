@@ -7,7 +7,7 @@ second of two chunks; RandPos draws positions one by one; plain ones are those o
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,9 @@ class Indices(NamedTuple):
     tokens: NDArray[np.int64]  # their indices in each example's document
 
 
-class Sampler(Protocol):
-    """Draws the indices of a batch; `lengths` are the tokens of each example's document."""
-
-    def __call__(self, lengths: Sequence[int], rng: np.random.Generator) -> Indices:
-        """Raise ValueError for a document shorter than the window."""
+# Draws the indices of a batch from the number of tokens of each example's document; a document shorter than the window
+# is a ValueError.
+Sampler = Callable[[Sequence[int], np.random.Generator], Indices]
 
 
 def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, k: int | None = None) -> Sampler:
