@@ -96,10 +96,9 @@ class Playground:
         return LayerScaling.identity(self.lm.num_layers)
 
     @property
-    def measured(self) -> dict[str, MeasuredScaling]:
-        """All scalings of which anything is known on the suite as it is, by key; a copy."""
-        with self._lock:
-            return dict(self._measurer.measured)
+    def measured(self) -> Mapping[str, MeasuredScaling]:
+        """All scalings of which anything is known on the suite as it is, by key."""
+        return self._measurer.measured
 
     @property
     def best(self) -> MeasuredScaling | None:
@@ -109,7 +108,7 @@ class Playground:
 
     @property
     def surrogate(self) -> Surrogate | None:
-        """What predictions are made by, or None while too little is known."""
+        """What makes the predictions, or None while too little is known."""
         return self._measurer.surrogate
 
     @property
@@ -169,7 +168,7 @@ class Playground:
         self._tell_listeners(moved=False)
 
     def drag(self, begins: bool) -> None:
-        """A drag begins: nothing is measured until it ends."""
+        """Let a drag begin, during which nothing is measured, or end."""
         with self._lock:
             self._dragged = begins
             self._measurer.cancel()

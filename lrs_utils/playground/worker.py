@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +48,8 @@ class Measurer:
     suite : Suite
     message : str
         What is shown instead of what is known: progress or an error; "" once a measurement has ended as expected.
-    measured : dict of str to MeasuredScaling
-        By scaling key, on this suite.
+    measured : mapping of str to MeasuredScaling
+        By scaling key, on this suite. Replaced, never changed, so that it can be read without the lock.
     surrogate : Surrogate or None
         Made from `measured` when the suite was set or the last measurement ended.
     """
@@ -63,7 +63,7 @@ class Measurer:
         self._remember_settled, self._tell_change = remember_settled, tell_change
         self.lock = threading.RLock()
         self.message = ""
-        self.measured: dict[str, MeasuredScaling] = {}
+        self.measured: Mapping[str, MeasuredScaling] = {}
         self.surrogate: Surrogate | None = None
         self._shared_outputs = Shared()
         self._measuring = threading.Lock()  # one measurement at a time
@@ -178,12 +178,13 @@ class Measurer:
 
     def _add(self, scaling: LayerScaling, context: int, exact: NDArray[np.bool_]) -> None:
         before = self.measured.get(scaling.key, MeasuredScaling(scaling, {}))
-        self.measured[scaling.key] = replace(before, exact={**before.exact, context: exact})
+        after = replace(before, exact={**before.exact, context: exact})
+        self.measured = {**self.measured, scaling.key: after}
 
     def _refit_surrogate(self) -> None:
         with self.lock:
-            suite, measured = self.suite, list(self.measured.values())
-        surrogate = fit_surrogate(measured, len(suite.probes))  # takes a while: without the lock
+            suite, measured = self.suite, self.measured
+        surrogate = fit_surrogate(measured.values(), len(suite.probes))  # takes a while: without the lock
         with self.lock:
             if self.suite is suite:
                 self.surrogate = surrogate
