@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lrs_utils.models.load import LM
 from lrs_utils.playground.measured import MeasuredScaling
-from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, Surrogate
+from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME
 from lrs_utils.playground.worker import Measurer
 from lrs_utils.scaling.bezier import BezierCurve, on_grid
 from lrs_utils.scaling.files import save_factors
@@ -23,7 +23,7 @@ from lrs_utils.tasks import Suite
 _SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of a drag settles at once
 
 
-class Playground:
+class Playground(Measurer):
     """A curve that the user moves, and what is known of the scaling that it stands for.
 
     After every change the running measurement is cancelled, and a new one begins in the background once nothing has
@@ -62,27 +62,14 @@ class Playground:
             raise ValueError(
                 f"{lm.name} has {n_scaled} layers to scale; four control points need 4, each a layer of its own"
             )
-        self.lm, self.bounds, self.step, self.first_layer = lm, bounds, step, first_layer
+        super().__init__(lm, Path(ledger))
+        self.bounds, self.step, self.first_layer = bounds, step, first_layer
         self._make_suite = make_suite
         self.presets = self._make_presets() | dict(presets or {})
         self.curve, self.scheme = self.presets["no scaling"], SCHEMES[0]
-        self._steps, self._step_shown = [(self.curve, self.scheme)], 0  # to undo and redo
-        self._listeners: list[Callable[[bool], None]] = []
+        self._steps, self._step_shown = [(self.curve, self.scheme)], 0  # those after it were undone
         self._dragged = False
-        self._measurer = Measurer(
-            lm,
-            Path(ledger),
-            remember_settled=self._remember_step,
-            tell_change=lambda: self._tell_listeners(moved=False),
-        )
-        # of the curve, its steps and the message, too; never held while listeners are told
-        self._lock = self._measurer.lock
         self.set_size(n_pairs, n_contexts)
-
-    @property
-    def suite(self) -> Suite:
-        """The contexts that curves are measured on."""
-        return self._measurer.suite
 
     @property
     def scaling(self) -> LayerScaling:
@@ -96,44 +83,25 @@ class Playground:
         return LayerScaling.identity(self.lm.num_layers)
 
     @property
-    def measured(self) -> Mapping[str, MeasuredScaling]:
-        """All scalings of which anything is known on the suite as it is, by key."""
-        return self._measurer.measured
-
-    @property
     def best(self) -> MeasuredScaling | None:
         """The one with the best mean accuracy of those measured on all contexts."""
         complete = [m for m in self.measured.values() if len(m.exact) == len(self.suite.probes)]
         return max(complete, key=lambda m: m.mean, default=None)
 
     @property
-    def surrogate(self) -> Surrogate | None:
-        """What makes the predictions, or None while too little is known."""
-        return self._measurer.surrogate
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is measured, or about to be."""
-        return self._measurer.busy
-
-    @property
     def status(self) -> str:
         """The latest message since the last change, or else what is known of the present curve, in a line."""
-        return self._measurer.message or self._describe_curve()
+        return self._message or self._describe_curve()
 
     @property
     def can_undo(self) -> bool:
         """Whether `undo` would change anything."""
-        return self._step_shown > 0 or self._steps[0] != (self.curve, self.scheme)
+        return self._step_shown > 0 or (self.curve, self.scheme) != self._steps[0]
 
     @property
     def can_redo(self) -> bool:
         """Whether `redo` would change anything."""
         return self._step_shown < len(self._steps) - 1
-
-    def subscribe(self, listener: Callable[[bool], None]) -> None:
-        """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
-        self._listeners.append(listener)
 
     def prediction(self) -> NDArray[np.float64] | None:
         """Accuracy by depth that the surrogate expects, or None while too little is known."""
@@ -161,17 +129,17 @@ class Playground:
 
     def set_size(self, n_pairs: int, n_contexts: int) -> None:
         """Ask other contexts; what the ledger knows of them is there at once."""
-        self._measurer.set_suite(self._make_suite(n_pairs, n_contexts))
+        self._set_suite(self._make_suite(n_pairs, n_contexts))
         with self._lock:
             self.n_pairs, self.n_contexts = n_pairs, n_contexts
-            self._measurer.message = ""
+            self._message = ""
         self._tell_listeners(moved=False)
 
     def drag(self, begins: bool) -> None:
         """Let a drag begin, during which nothing is measured, or end."""
         with self._lock:
             self._dragged = begins
-            self._measurer.cancel()
+            self._cancel()
         if begins:
             self._tell_listeners(moved=False)
         else:
@@ -181,16 +149,8 @@ class Playground:
         """Measure the present curve now, as far as it is not known."""
         with self._lock:
             self._remember_step()
-            self._measurer.start(self.scaling, delay=0.0)
+            self._start(self.scaling, delay=0.0)
         self._tell_listeners(moved=False)
-
-    def stop(self) -> None:
-        """Cancel the running measurement and wait until the model is free; what was measured is kept."""
-        self._measurer.stop()
-
-    def wait(self) -> None:
-        """Until the running measurement has ended."""
-        self._measurer.wait()
 
     def undo(self) -> None:
         """Back to the curve before the last change."""
@@ -213,7 +173,7 @@ class Playground:
     def show_status(self, line: str) -> None:
         """Show a line of status until the next change."""
         with self._lock:
-            self._measurer.message = line
+            self._message = line
         self._tell_listeners(moved=False)
 
     def _change(self, curve: BezierCurve, scheme: str) -> None:
@@ -225,10 +185,10 @@ class Playground:
         if (curve, scheme) == (self.curve, self.scheme):
             return
         self.curve, self.scheme = curve, scheme
-        self._measurer.cancel()
+        self._cancel()
         if not self._dragged:
-            self._measurer.start(self.scaling, _SETTLE_SECONDS)
-        self._measurer.message = ""
+            self._start(self.scaling, _SETTLE_SECONDS)
+        self._message = ""
 
     def _remember_step(self) -> None:
         """Make the present curve a step to come back to; steps that were undone are forgotten."""
@@ -236,10 +196,11 @@ class Playground:
             self._step_shown += 1
             self._steps[self._step_shown :] = [(self.curve, self.scheme)]
 
-    def _show_step(self, steps_on: int) -> None:
+    def _show_step(self, by: int) -> None:
+        """Move `by` steps along the history, as far as it goes."""
         with self._lock:
             self._remember_step()
-            self._step_shown = min(max(self._step_shown + steps_on, 0), len(self._steps) - 1)
+            self._step_shown = min(max(self._step_shown + by, 0), len(self._steps) - 1)
             self._replace(*self._steps[self._step_shown])
         self._tell_listeners(moved=True)
 
@@ -266,7 +227,3 @@ class Playground:
 
     def _snap(self, value: float) -> float:
         return float(on_grid(np.array(value), self.step, self.bounds))
-
-    def _tell_listeners(self, moved: bool) -> None:
-        for listener in self._listeners:
-            listener(moved)

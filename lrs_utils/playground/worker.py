@@ -23,7 +23,7 @@ from lrs_utils.scoring.outcomes import score
 from lrs_utils.scoring.trie import Shared
 from lrs_utils.tasks import Suite
 
-# By the model's id, which stays its own: a measurer keeps its model alive.
+# By the id of the model, which no other object can have while the measurer keeps the model alive.
 _latest_measurers: WeakValueDictionary[int, "Measurer"] = WeakValueDictionary()
 
 
@@ -32,39 +32,28 @@ class Measurer:
 
     A new measurement takes the place of the running one, which ends before its next layer.
 
-    Parameters
-    ----------
-    lm : LM
-    ledger : Path
-    remember_settled : function () -> None
-        Called when a measurement begins, with the lock held.
-    tell_change : function () -> None
-        Called after every change, without the lock.
-
     Attributes
     ----------
-    lock : RLock
-        Guards all that changes here, and may guard more that has to change together with it.
+    lm : LM
     suite : Suite
-    message : str
-        What is shown instead of what is known: progress or an error; "" once a measurement has ended as expected.
+        The contexts that scalings are measured on.
     measured : mapping of str to MeasuredScaling
-        By scaling key, on this suite. Replaced, never changed, so that it can be read without the lock.
+        All scalings of which anything is known on this suite, by key. Replaced, never changed, so that it can be read
+        without a lock.
     surrogate : Surrogate or None
-        Made from `measured` when the suite was set or the last measurement ended.
+        Made from `measured` when the suite was set or the last measurement ended; None while too little is known.
     """
 
     suite: Suite
 
-    def __init__(
-        self, lm: LM, ledger: Path, *, remember_settled: Callable[[], None], tell_change: Callable[[], None]
-    ) -> None:
-        self._lm, self._ledger = lm, ledger
-        self._remember_settled, self._tell_change = remember_settled, tell_change
-        self.lock = threading.RLock()
-        self.message = ""
+    def __init__(self, lm: LM, ledger: Path) -> None:
+        self.lm, self._ledger = lm, ledger
         self.measured: Mapping[str, MeasuredScaling] = {}
         self.surrogate: Surrogate | None = None
+        # of all that changes here and in subclasses; never held while listeners are told
+        self._lock = threading.RLock()
+        self._message = ""  # progress or an error; "" once a measurement has ended as expected
+        self._listeners: list[Callable[[bool], None]] = []
         self._shared_outputs = Shared()
         self._measuring = threading.Lock()  # one measurement at a time
         self._thread: threading.Thread | None = None
@@ -79,42 +68,53 @@ class Measurer:
         """Whether something is measured, or about to be."""
         return not self._over.is_set()
 
-    def set_suite(self, suite: Suite) -> None:
-        """Measure on these contexts from now on; what the ledger knows of them is there at once."""
-        self.stop()
-        with Ledger(self._ledger) as ledger:
-            measured = read_measured(ledger, self._lm.fingerprint, suite)
-        surrogate = fit_surrogate(measured.values(), len(suite.probes))
-        with self.lock:
-            self.suite, self.measured, self.surrogate = suite, measured, surrogate
-
-    def start(self, scaling: LayerScaling, delay: float) -> None:
-        """Measure a scaling as far as it is not known, once `delay` seconds have passed without another call."""
-        with self.lock:
-            self.cancel()
-            self._over = threading.Event()
-            self._thread = threading.Thread(target=self._run, args=(scaling, delay, self._over), daemon=True)
-            self._thread.start()
-
-    def cancel(self) -> None:
-        """Have the running measurement end soon; what was measured is kept."""
-        with self.lock:
-            self._over.set()
+    def subscribe(self, listener: Callable[[bool], None]) -> None:
+        """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
+        self._listeners.append(listener)
 
     def wait(self) -> None:
         """Until the running measurement has ended."""
-        with self.lock:
+        with self._lock:
             thread = self._thread
         if thread is not None:
             thread.join()
 
     def stop(self) -> None:
-        """Cancel and wait until the model is free."""
-        self.cancel()
+        """Cancel the running measurement and wait until the model is free; what was measured is kept."""
+        self._cancel()
         self.wait()
         with self._measuring:  # one that was cancelled before may still be inside
             pass
-        self._tell_change()
+        self._tell_listeners(moved=False)
+
+    def _remember_step(self) -> None:
+        """For subclasses: called with the lock held when changes have settled and a measurement begins."""
+
+    def _tell_listeners(self, moved: bool) -> None:
+        for listener in self._listeners:
+            listener(moved)
+
+    def _set_suite(self, suite: Suite) -> None:
+        """Measure on these contexts from now on; what the ledger knows of them is there at once."""
+        self.stop()
+        with Ledger(self._ledger) as ledger:
+            measured = read_measured(ledger, self.lm.fingerprint, suite)
+        surrogate = fit_surrogate(measured.values(), len(suite.probes))
+        with self._lock:
+            self.suite, self.measured, self.surrogate = suite, measured, surrogate
+
+    def _start(self, scaling: LayerScaling, delay: float) -> None:
+        """Measure a scaling as far as it is not known, once `delay` seconds have passed without another call."""
+        with self._lock:
+            self._cancel()
+            self._over = threading.Event()
+            self._thread = threading.Thread(target=self._run, args=(scaling, delay, self._over), daemon=True)
+            self._thread.start()
+
+    def _cancel(self) -> None:
+        """Have the running measurement end soon; what was measured is kept."""
+        with self._lock:
+            self._over.set()
 
     def _run(self, scaling: LayerScaling, delay: float, over: threading.Event) -> None:
         """In a thread of its own: wait until changes have settled and the model is free, then measure."""
@@ -131,23 +131,23 @@ class Measurer:
             message = describe_error(error)
         finally:
             over.set()
-            with self.lock:
+            with self._lock:
                 if self._over is over:  # else the message is that of a later change
-                    self.message = message
-            self._tell_change()
+                    self._message = message
+            self._tell_listeners(moved=False)
 
     def _measure(self, scaling: LayerScaling, over: threading.Event) -> None:
-        with self.lock:
+        with self._lock:
             if over.is_set():
                 return
-            self._remember_settled()
+            self._remember_step()
             suite, unmeasured = self.suite, self._list_unmeasured(scaling)
         began, n_answered = time.monotonic(), 0
-        with Ledger(self._ledger) as ledger, _cancel_between_layers(self._lm, over):
+        with Ledger(self._ledger) as ledger, _cancel_between_layers(self.lm, over):
             for n_done, (context, measured) in enumerate(unmeasured, 1):
                 one_context = replace(suite, probes=suite.probes[context : context + 1])
                 outcomes = score(
-                    self._lm,
+                    self.lm,
                     one_context,
                     [measured],
                     ledger=ledger,
@@ -156,19 +156,19 @@ class Measurer:
                 )
                 n_answered += outcomes.recomputed
                 seconds_left = (time.monotonic() - began) / n_done * (len(unmeasured) - n_done)
-                with self.lock:
+                with self._lock:
                     if self.suite is not suite or over.is_set():
                         raise _Cancelled
                     self._add(measured, context, outcomes.exact[0, 0])
-                    self.message = (
+                    self._message = (
                         f"context {context + 1} of {len(suite.probes)}, {n_answered} questions answered, "
                         f"{seconds_left:.0f} s left"
                     )
-                self._tell_change()
+                self._tell_listeners(moved=False)
 
     def _list_unmeasured(self, scaling: LayerScaling) -> list[tuple[int, LayerScaling]]:
         """Contexts that the scaling and the baseline still lack, in the order in which they are measured."""
-        baseline = LayerScaling.identity(self._lm.num_layers)
+        baseline = LayerScaling.identity(self.lm.num_layers)
         return [
             (context, wanted)
             for context in range(len(self.suite.probes))
@@ -182,10 +182,10 @@ class Measurer:
         self.measured = {**self.measured, scaling.key: after}
 
     def _refit_surrogate(self) -> None:
-        with self.lock:
+        with self._lock:
             suite, measured = self.suite, self.measured
         surrogate = fit_surrogate(measured.values(), len(suite.probes))  # takes a while: without the lock
-        with self.lock:
+        with self._lock:
             if self.suite is suite:
                 self.surrogate = surrogate
 
