@@ -1,5 +1,6 @@
 """Every figure's drawing function, in one style: readable at half width, safe for colour-blind readers."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
 from typing import Any
@@ -187,8 +188,8 @@ def generations(result: SearchResult[LayerScaling], shown: int = 4) -> Figure:
     numbers = np.unique(np.linspace(0, result.generation[-1], shown).round().astype(int))
     figure, axes = plt.subplots(1, len(numbers), figsize=(2.5 * len(numbers), 2.6), sharey=True, squeeze=False)
     for number, ax in zip(numbers, axes[0], strict=True):
-        last = len(result.generation) - result.generation[::-1].index(number)
-        best = result.fitness.index(max(result.fitness[:last]))
+        n_so_far = bisect_right(result.generation, number)  # candidates, this generation's included
+        best = result.fitness.index(max(result.fitness[:n_so_far]))
         for candidate, generation in zip(result.candidates, result.generation, strict=True):
             if generation == number:
                 ax.plot(candidate.factors, color=_COLOURS[0], alpha=0.35, linewidth=0.8)
@@ -212,7 +213,7 @@ def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = No
     for (name, rows), (dash, colour) in zip(searches.groupby(by, sort=False), looks, strict=False):
         lines = []
         for _, one in rows.groupby("seed"):
-            last = np.searchsorted(one["answers"], at, side="right") - 1
+            last = np.searchsorted(one["answers"], at, side="right") - 1  # candidate scored by then, -1 for none
             line = np.where(last < 0, np.nan, one["best"].to_numpy()[last])
             lines.append(np.where(at > one["answers"].iloc[-1], np.nan, line))
         ax.plot(at, np.mean(lines, axis=0), color=colour, linestyle=dash, label=name)

@@ -239,7 +239,7 @@ def _paired_units(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDAr
 
 
 def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over the last axis."""
+    """Rank correlations over the last axis; `stats.spearmanr` takes one pair at a time, too slow for resamples."""
     x, y = (stats.rankdata(v, axis=-1) for v in (x, y))
     x, y = (v - v.mean(axis=-1, keepdims=True) for v in (x, y))
     with np.errstate(invalid="ignore"):

@@ -78,11 +78,6 @@ class Playground(Measurer):
         return LayerScaling(factors, self.scheme)
 
     @property
-    def unscaled(self) -> LayerScaling:
-        """The baseline."""
-        return LayerScaling.identity(self.lm.num_layers)
-
-    @property
     def best(self) -> MeasuredScaling | None:
         """The one with the best mean accuracy of those measured on all contexts."""
         complete = [m for m in self.measured.values() if len(m.exact) == len(self.suite.probes)]

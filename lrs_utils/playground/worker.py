@@ -68,6 +68,11 @@ class Measurer:
         """Whether something is measured, or about to be."""
         return not self._over.is_set()
 
+    @property
+    def unscaled(self) -> LayerScaling:
+        """The baseline."""
+        return LayerScaling.identity(self.lm.num_layers)
+
     def subscribe(self, listener: Callable[[bool], None]) -> None:
         """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
         self._listeners.append(listener)
@@ -168,11 +173,10 @@ class Measurer:
 
     def _list_unmeasured(self, scaling: LayerScaling) -> list[tuple[int, LayerScaling]]:
         """Contexts that the scaling and the baseline still lack, in the order in which they are measured."""
-        baseline = LayerScaling.identity(self.lm.num_layers)
         return [
             (context, wanted)
             for context in range(len(self.suite.probes))
-            for wanted in dict.fromkeys((scaling, baseline))
+            for wanted in dict.fromkeys((scaling, self.unscaled))
             if wanted.key not in self.measured or context not in self.measured[wanted.key].exact
         ]
 

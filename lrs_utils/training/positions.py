@@ -86,6 +86,7 @@ def _cream_example(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions and tokens of one example, whose head and tail have `ends` tokens each."""
     middle, target = window - 2 * ends, window * factor
+    # P_e: r = 2 leaves the middle at its place in the window; at r = 2 factor it may end just before the tail
     last = rng.integers(int(ends + (middle - 1) * r / 2), int(window * r / 2) - ends - 1, endpoint=True)
     block = np.arange(last - middle + 1, last + 1)
     positions = np.concatenate([np.arange(ends), block, np.arange(target - ends, target)])
@@ -141,7 +142,7 @@ def distances_seen(positions: NDArray[np.int64], target: int) -> NDArray[np.int6
     ----------
     positions : int array, shape (examples, window)
     """
-    marks = np.zeros((len(positions), 2 * target))
+    marks = np.zeros((len(positions), 2 * target))  # twice as long, or distances would wrap around
     np.put_along_axis(marks, positions, 1.0, axis=1)
     spectrum = np.fft.rfft(marks)
     pairs = np.fft.irfft(np.abs(spectrum) ** 2, n=2 * target)[:, :target]
