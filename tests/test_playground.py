@@ -80,7 +80,7 @@ def test_a_new_change_cancels_the_running_measurement_at_the_next_layer(play, de
     try:
         play.use(CURVE)
         time.sleep(0.35)  # settled, and inside the first context
-        first = play._measurer._measurement.thread
+        first = play._thread
         began = time.monotonic()
         play.move(0, 0, 0.9)
         first.join()
@@ -115,7 +115,7 @@ def test_stop_frees_the_model_and_keeps_what_was_measured(play, deep):
     time.sleep(0.8)
     play.stop()
     handle.remove()
-    assert not play._measurer._measurement.thread.is_alive()
+    assert not play._thread.is_alive()
     assert "stopped" in play.status
     assert deep.model.config._attn_implementation != "lrs_packed"
     assert not any(layer._forward_pre_hooks for layer in deep.model.model.layers)
@@ -273,7 +273,7 @@ def test_stop_waits_for_a_measurement_that_was_cancelled_before(play, deep):
     handle = slowed(deep, 0.5)
     play.use(CURVE)
     time.sleep(0.4)  # inside the first context
-    older = play._measurer._measurement.thread
+    older = play._thread
     play.move(0, 0, 0.9)
     play.stop()
     in_the_model = deep.model.config._attn_implementation == "lrs_packed"
