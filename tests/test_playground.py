@@ -10,8 +10,19 @@ import pytest
 from compare_predictions import leave_one_out, take_mean, take_nearest
 from scipy.interpolate import RBFInterpolator
 
-from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
+from lrs_utils import (
+    BezierCurve,
+    ExtendedScaling,
+    HeadScaling,
+    LayerScaling,
+    Ledger,
+    load_factors,
+    load_lm,
+    score,
+    tasks,
+)
 from lrs_utils.models.tiny import TINY
+from lrs_utils.playground.measured import read_measured
 from lrs_utils.playground.playground import Playground
 from lrs_utils.playground.prediction import Surrogate
 from lrs_utils.playground.widget import list_accuracies, show
@@ -345,3 +356,17 @@ def test_an_error_is_shown_with_its_advice(play, deep):
     play.wait()
     handle.remove()
     assert play.status == "RuntimeError: out of memory use a device with more memory"
+
+
+def test_only_scalings_that_a_curve_can_stand_for_are_read_from_the_ledger(deep, tmp_path):
+    suite = tasks.kv_retrieval(3, 1, keys="short")
+    ones, shown = (1.0,) * 8, LayerScaling((1.2,) * 8, "ntk")
+    scalings = [
+        shown,
+        HeadScaling(gains=np.full((8, 4), 1.1)),
+        ExtendedScaling(ones, "dynamic_ntk"),
+        ExtendedScaling((0.9,) * 8, "yarn", extension=2, combine="divide"),
+    ]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        score(deep, suite, scalings, ledger=ledger)
+        assert [m.scaling for m in read_measured(ledger, deep.fingerprint, suite).values()] == [shown]
