@@ -101,7 +101,7 @@ def test_the_released_code_may_read_the_tail_s_tokens_twice():
     assert all(len(np.unique(row)) == window for row in tokens)
 
 
-def test_rivals_read_a_long_document_s_begin():
+def test_rivals_read_the_beginning_of_a_long_document():
     for name in ("pose", "rand_pos", "plain"):
         assert (drawn(SAMPLERS[name](60, 4), length=1_000)[1] == np.arange(60)).all()
 

@@ -61,7 +61,7 @@ def test_accumulated_and_recomputed_steps_are_the_plain_ones(tiny, documents, tm
 
 @pytest.mark.parametrize("make", [partial(cream, k=4), pose, rand_pos])
 def test_tokens_on_both_sides_of_a_gap_see_each_other(make, tiny, documents, tmp_path):
-    """transformers takes a gap for the begin of another text, unless told otherwise."""
+    """transformers takes a gap for the beginning of another text, unless told otherwise."""
     masks = []
     hook = type(tiny.model.model.layers[0]).forward
 

@@ -87,8 +87,9 @@ def test_fifths_of_depth_hold_what_each_context_asks_in_them():
 
 def test_a_curve_over_fifths_is_the_mean_of_the_contexts_that_ask_there():
     fifths = by_fifth(EXACT[0], DEPTHS)
-    begin = fifths[:, 0]
-    assert bootstrap_mean(begin[~np.isnan(begin)]) == (0.5, 0, 1)  # callers drop contexts that ask nothing there
+    beginning = fifths[:, 0]
+    asked = beginning[~np.isnan(beginning)]  # callers drop contexts that ask nothing there
+    assert bootstrap_mean(asked) == (0.5, 0, 1)
     np.testing.assert_array_equal(np.nanmean(fifths[:, [0, 1, 2, 4]], axis=0), [0.5, 0, 0.5, 1])
 
 
@@ -96,9 +97,9 @@ def test_fifths_of_common_depths_are_means_of_the_questions_in_them():
     exact = np.random.default_rng(0).random((3, 7, 10)) < 0.5
     fifths = by_fifth(exact, np.arange(10) / 9)
     np.testing.assert_allclose(fifths, exact.reshape(3, 7, 5, 2).mean(axis=-1))
-    for n_bins in range(1, 60):  # a depth at a bin's begin belongs to it, however it is rounded
-        begins = np.arange(n_bins + 1) / n_bins
-        one_each = by_fifth(np.eye(n_bins + 1)[:, None], begins, n_bins)[:, 0]
+    for n_bins in range(1, 60):  # a depth at a bin's beginning belongs to it, however it is rounded
+        depths = np.arange(n_bins + 1) / n_bins
+        one_each = by_fifth(np.eye(n_bins + 1)[:, None], depths, n_bins)[:, 0]
         assert one_each[: n_bins - 1].argmax(axis=1).tolist() == list(range(n_bins - 1))
         assert one_each[-1].tolist() == [0] * (n_bins - 1) + [0.5]
 
@@ -143,7 +144,7 @@ def test_the_paired_test_sees_a_shift_and_not_noise():
         paired_test(np.ones((3, 2)), np.ones((3, 2)))
 
 
-def test_utilisation_spread_over_depths_weighs_the_end_three_times_the_begin():
+def test_utilisation_spread_over_depths_weighs_the_end_three_times_the_beginning():
     exact = np.zeros((5, 2, 5), bool)
     for question in range(5):
         exact[question, :, question] = True

@@ -10,8 +10,19 @@ import pytest
 from compare_predictions import leave_one_out, take_mean, take_nearest
 from scipy.interpolate import RBFInterpolator
 
-from lrs_utils import BezierCurve, LayerScaling, Ledger, load_factors, load_lm, score, tasks
+from lrs_utils import (
+    BezierCurve,
+    ExtendedScaling,
+    HeadScaling,
+    LayerScaling,
+    Ledger,
+    load_factors,
+    load_lm,
+    score,
+    tasks,
+)
 from lrs_utils.models.tiny import TINY
+from lrs_utils.playground.measured import read_measured
 from lrs_utils.playground.playground import Playground
 from lrs_utils.playground.prediction import Surrogate
 from lrs_utils.playground.widget import list_accuracies, show
@@ -80,7 +91,7 @@ def test_a_new_change_cancels_the_running_measurement_at_the_next_layer(play, de
     try:
         play.use(CURVE)
         time.sleep(0.35)  # settled, and inside the first context
-        first = play._measurer._measurement.thread
+        first = play._thread
         began = time.monotonic()
         play.move(0, 0, 0.9)
         first.join()
@@ -115,7 +126,7 @@ def test_stop_frees_the_model_and_keeps_what_was_measured(play, deep):
     time.sleep(0.8)
     play.stop()
     handle.remove()
-    assert not play._measurer._measurement.thread.is_alive()
+    assert not play._thread.is_alive()
     assert "stopped" in play.status
     assert deep.model.config._attn_implementation != "lrs_packed"
     assert not any(layer._forward_pre_hooks for layer in deep.model.model.layers)
@@ -273,7 +284,7 @@ def test_stop_waits_for_a_measurement_that_was_cancelled_before(play, deep):
     handle = slowed(deep, 0.5)
     play.use(CURVE)
     time.sleep(0.4)  # inside the first context
-    older = play._measurer._measurement.thread
+    older = play._thread
     play.move(0, 0, 0.9)
     play.stop()
     in_the_model = deep.model.config._attn_implementation == "lrs_packed"
@@ -345,3 +356,17 @@ def test_an_error_is_shown_with_its_advice(play, deep):
     play.wait()
     handle.remove()
     assert play.status == "RuntimeError: out of memory use a device with more memory"
+
+
+def test_only_scalings_that_a_curve_can_stand_for_are_read_from_the_ledger(deep, tmp_path):
+    suite = tasks.kv_retrieval(3, 1, keys="short")
+    ones, shown = (1.0,) * 8, LayerScaling((1.2,) * 8, "ntk")
+    scalings = [
+        shown,
+        HeadScaling(gains=np.full((8, 4), 1.1)),
+        ExtendedScaling(ones, "dynamic_ntk"),
+        ExtendedScaling((0.9,) * 8, "yarn", extension=2, combine="divide"),
+    ]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        score(deep, suite, scalings, ledger=ledger)
+        assert [m.scaling for m in read_measured(ledger, deep.fingerprint, suite).values()] == [shown]

@@ -25,9 +25,9 @@ from lrs_utils.scoring.forward import refuse_unscorable
 
 _CHUNK_BYTES = 128 * 2**20  # of float32 logits of one layer at once, all heads
 
-# layer, query (heads, tokens, dim) already scaled by 1/sqrt(dim), key (kv heads, tokens, dim), both with positions and
-# in float32, and the layer's sliding window
-Watcher = Callable[[int, Tensor, Tensor, int | None], None]
+# Called for every layer in turn: query (heads, tokens, dim) already scaled by 1/sqrt(dim), key (kv heads, tokens, dim),
+# both with positions and in float32, and the layer's sliding window.
+Watcher = Callable[[Tensor, Tensor, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,28 @@ def attention(
         raise ValueError(f"queries is {queries}; the text has 1 to {n}")
     part = torch.bucketize(torch.arange(n), torch.tensor(edges), right=True) - 1
     in_part = F.one_hot(part, len(edges)).float().to(lm.model.device)
-    entropies: dict[int, list[Tensor]] = {}
-    masses: dict[int, list[Tensor]] = {}
+    entropies: list[Tensor] = []  # of each layer
+    masses: list[Tensor] = []
 
-    def watch(layer: int, query: Tensor, key: Tensor, window: int | None) -> None:
+    def watch(query: Tensor, key: Tensor, window: int | None) -> None:
         heads, kv_heads = len(query), len(key)
         rows = max(1, _CHUNK_BYTES // (4 * heads * n))
+        entropy_chunks, mass_chunks = [], []
         for a in range(first, n, rows):
             b = min(a + rows, n)
             grouped = query[:, a:b].reshape(kv_heads, -1, query.shape[2])  # heads that share a key, end to end
             logits = (grouped @ key[:, :b].mT).view(heads, b - a, b)
-            distance = torch.arange(a, b, device=key.device)[:, None] - torch.arange(b, device=key.device)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
+            # with a finite number, so that weight 0 times log weight is 0
+            logits.masked_fill_(~_seen(a, b, window, key.device), torch.finfo(logits.dtype).min)
             logs = logits.log_softmax(-1)
             weights = logs.exp()
-            masses.setdefault(layer, []).append((weights @ in_part[:b]).cpu())
-            # hidden logits are finite, so that weight 0 times log weight is 0
-            entropies.setdefault(layer, []).append(-logs.mul_(weights).sum(-1).cpu())
+            mass_chunks.append((weights @ in_part[:b]).cpu())
+            entropy_chunks.append(-logs.mul_(weights).sum(-1).cpu())
+        entropies.append(torch.cat(entropy_chunks, dim=1))
+        masses.append(torch.cat(mass_chunks, dim=1))
 
     _watch_attention(lm, ids, watch)
-    return Attention(_joined(entropies), _joined(masses))
+    return Attention(torch.stack(entropies).numpy(), torch.stack(masses).numpy())
 
 
 def logits_by_distance(lm: LM, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -118,17 +119,17 @@ def logits_by_distance(lm: LM, ids: Sequence[int]) -> NDArray[np.float32]:
         The last axis is the distance.
     """
     n, half = len(ids), len(ids) // 2
-    found: dict[int, Tensor] = {}
+    found: list[Tensor] = []  # of each layer
 
-    def watch(layer: int, query: Tensor, key: Tensor, window: int | None) -> None:
+    def watch(query: Tensor, key: Tensor, window: int | None) -> None:
         later = query.clone()
         later[:, : n - half] = 0
         q, k = (torch.fft.rfft(x, 2 * n, dim=1) for x in (later, key))
         product = (q.unflatten(0, (len(key), -1)) * k.conj()[:, None]).sum(-1).flatten(0, 1)
-        found[layer] = (torch.fft.irfft(product, 2 * n, dim=1)[:, :half] / half).cpu()
+        found.append((torch.fft.irfft(product, 2 * n, dim=1)[:, :half] / half).cpu())
 
     _watch_attention(lm, ids, watch)
-    return torch.stack([found[layer] for layer in sorted(found)]).numpy()
+    return torch.stack(found).numpy()
 
 
 def induction_scores(lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int = 0) -> pd.DataFrame:
@@ -159,9 +160,11 @@ def induction_scores(lm: LM, *, n_tokens: int = 256, n_texts: int = 4, seed: int
     return pd.DataFrame(means.reshape(2, -1).T, index=index, columns=list(columns))
 
 
-def _joined(chunks: dict[int, list[Tensor]]) -> NDArray[np.float32]:
-    """Layers from the first to the last, each from its chunks of queries."""
-    return torch.stack([torch.cat(chunks[layer], dim=1) for layer in sorted(chunks)]).numpy()
+def _seen(first: int, n: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `n` keys each query from `first` on sees, shape (queries, keys)."""
+    distance = torch.arange(first, n, device=device)[:, None] - torch.arange(n, device=device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
 _watcher: ContextVar[Watcher] = ContextVar("watcher")
@@ -193,13 +196,10 @@ def _attend_watched(
 ) -> tuple[Tensor, None]:
     window = known_window(module, sliding_window, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    _watcher.get()(module.layer_idx, query[0].float() * scale, key[0].float(), window)  # type: ignore[arg-type]
+    _watcher.get()(query[0].float() * scale, key[0].float(), window)
     # keys are repeated for the heads that share them: torch would fall back to T x T maps of all heads
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    seen = None
-    if window is not None:
-        distance = torch.arange(query.shape[2]).unsqueeze(1) - torch.arange(query.shape[2])
-        seen = ((distance >= 0) & (distance < window)).to(query.device)
+    seen = None if window is None else _seen(0, query.shape[2], window, query.device)
     out = F.scaled_dot_product_attention(query, key, value, seen, is_causal=seen is None, scale=scale)
     return out.transpose(1, 2), None
 

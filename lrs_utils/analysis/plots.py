@@ -1,7 +1,8 @@
 """Every figure's drawing function, in one style: readable at half width, safe for colour-blind readers."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -73,7 +74,7 @@ def by_depth(
     ax: Axes | None = None,
 ) -> Figure:
     """`curves` over the depth of the answer."""
-    figure = curves(accuracy, depths, xlabel="depth of the answer (0 begin, 1 end)", ylabel=ylabel, ax=ax)
+    figure = curves(accuracy, depths, xlabel="depth of the answer (0 beginning, 1 end)", ylabel=ylabel, ax=ax)
     (ax or figure.axes[0]).set_xlim(-0.02, 1.02)
     return figure
 
@@ -140,7 +141,7 @@ def heat_map(values: pd.DataFrame, *, xlabel: str, label: str, ax: Axes | None =
     """Shares between 0 and 1 over depth (index) and something else (columns), written into their cells."""
     ax = ax or plt.subplots()[1]
     sns.heatmap(values, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis", cbar_kws={"label": label}, ax=ax)
-    ax.set(xlabel=xlabel, ylabel="depth of the answer (0 begin, 1 end)")
+    ax.set(xlabel=xlabel, ylabel="depth of the answer (0 beginning, 1 end)")
     return _figure(ax)
 
 
@@ -187,8 +188,8 @@ def generations(result: SearchResult[LayerScaling], shown: int = 4) -> Figure:
     numbers = np.unique(np.linspace(0, result.generation[-1], shown).round().astype(int))
     figure, axes = plt.subplots(1, len(numbers), figsize=(2.5 * len(numbers), 2.6), sharey=True, squeeze=False)
     for number, ax in zip(numbers, axes[0], strict=True):
-        last = len(result.generation) - result.generation[::-1].index(number)
-        best = result.fitness.index(max(result.fitness[:last]))
+        n_so_far = bisect_right(result.generation, number)  # candidates, this generation's included
+        best = result.fitness.index(max(result.fitness[:n_so_far]))
         for candidate, generation in zip(result.candidates, result.generation, strict=True):
             if generation == number:
                 ax.plot(candidate.factors, color=_COLOURS[0], alpha=0.35, linewidth=0.8)
@@ -208,12 +209,11 @@ def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = No
     """
     ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
     at = np.linspace(0, searches["answers"].max(), 400)
-    styles = zip(["-", "--"], [_COLOURS] * 2, strict=True)
-    looks = [(colour, dash) for dash, colours in styles for colour in colours]
-    for (name, rows), (colour, dash) in zip(searches.groupby(by, sort=False), looks, strict=False):
+    looks = product(["-", "--"], _COLOURS)
+    for (name, rows), (dash, colour) in zip(searches.groupby(by, sort=False), looks, strict=False):
         lines = []
         for _, one in rows.groupby("seed"):
-            last = np.searchsorted(one["answers"], at, side="right") - 1
+            last = np.searchsorted(one["answers"], at, side="right") - 1  # candidate scored by then, -1 for none
             line = np.where(last < 0, np.nan, one["best"].to_numpy()[last])
             lines.append(np.where(at > one["answers"].iloc[-1], np.nan, line))
         ax.plot(at, np.mean(lines, axis=0), color=colour, linestyle=dash, label=name)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean
 from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scaling.rope import SCHEMES
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.tasks import Suite
 
@@ -44,6 +45,7 @@ def read_measured(ledger: Ledger, fingerprint: str, suite: Suite) -> dict[str, M
             for context, probe in enumerate(suite.probes)
             if all(question in by_question for question in probe.keys)
         }
-        if exact and ";" not in scaling_key:  # a key with ";" holds numbers of heads, which no curve stands for
+        # what no curve stands for is left out: numbers of heads (";") and other schemes, which read beyond the window
+        if exact and ";" not in scaling_key and scaling_key.partition("|")[0] in SCHEMES:
             measured[scaling_key] = MeasuredScaling(LayerScaling.from_key(scaling_key), exact)
     return measured

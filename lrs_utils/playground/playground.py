@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from lrs_utils.models.load import LM
 from lrs_utils.playground.measured import MeasuredScaling
-from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, Surrogate
+from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME
 from lrs_utils.playground.worker import Measurer
-from lrs_utils.scaling.bezier import BezierCurve
+from lrs_utils.scaling.bezier import BezierCurve, on_grid
 from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import SCHEMES
@@ -23,7 +23,7 @@ from lrs_utils.tasks import Suite
 _SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of a drag settles at once
 
 
-class Playground:
+class Playground(Measurer):
     """A curve that the user moves, and what is known of the scaling that it stands for.
 
     After every change the running measurement is cancelled, and a new one begins in the background once nothing has
@@ -62,29 +62,14 @@ class Playground:
             raise ValueError(
                 f"{lm.name} has {n_scaled} layers to scale; four control points need 4, each a layer of its own"
             )
-        self.lm, self.bounds, self.step, self.first_layer = lm, bounds, step, first_layer
+        super().__init__(lm, Path(ledger))
+        self.bounds, self.step, self.first_layer = bounds, step, first_layer
         self._make_suite = make_suite
         self.presets = self._make_presets() | dict(presets or {})
-        self.curve, self.scheme, self.status = self.presets["no scaling"], SCHEMES[0], ""
-        self._past, self._future = [(self.curve, self.scheme)], list[tuple[BezierCurve, str]]()
-        self._listeners: list[Callable[[bool], None]] = []
+        self.curve, self.scheme = self.presets["no scaling"], SCHEMES[0]
+        self._steps, self._step_shown = [(self.curve, self.scheme)], 0  # those after it were undone
         self._dragged = False
-        self._measurer = Measurer(
-            lm,
-            Path(ledger),
-            remember_settled=self._remember_step,
-            set_status=self._set_status,
-            tell_change=lambda: self._tell_listeners(moved=False),
-        )
-        self._lock = (
-            self._measurer.lock
-        )  # of the curve, its history and the status; never held while listeners are told
         self.set_size(n_pairs, n_contexts)
-
-    @property
-    def suite(self) -> Suite:
-        """The contexts that curves are measured on."""
-        return self._measurer.suite
 
     @property
     def scaling(self) -> LayerScaling:
@@ -93,45 +78,25 @@ class Playground:
         return LayerScaling(factors, self.scheme)
 
     @property
-    def unscaled(self) -> LayerScaling:
-        """The baseline."""
-        return LayerScaling.identity(self.lm.num_layers)
-
-    @property
-    def measured(self) -> dict[str, MeasuredScaling]:
-        """All scalings of which anything is known on the suite as it is, by key; a copy."""
-        with self._lock:
-            return dict(self._measurer.measured)
-
-    @property
     def best(self) -> MeasuredScaling | None:
         """The one with the best mean accuracy of those measured on all contexts."""
         complete = [m for m in self.measured.values() if len(m.exact) == len(self.suite.probes)]
         return max(complete, key=lambda m: m.mean, default=None)
 
     @property
-    def surrogate(self) -> Surrogate | None:
-        """What predictions are made by, or None while too little is known."""
-        return self._measurer.surrogate
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is measured, or about to be."""
-        return self._measurer.busy
+    def status(self) -> str:
+        """The latest message since the last change, or else what is known of the present curve, in a line."""
+        return self._message or self._describe_curve()
 
     @property
     def can_undo(self) -> bool:
         """Whether `undo` would change anything."""
-        return len(self._past) > 1 or self._past[-1] != (self.curve, self.scheme)
+        return self._step_shown > 0 or (self.curve, self.scheme) != self._steps[0]
 
     @property
     def can_redo(self) -> bool:
         """Whether `redo` would change anything."""
-        return bool(self._future)
-
-    def subscribe(self, listener: Callable[[bool], None]) -> None:
-        """Have `listener` called after every change, with whether the curve moved; also from the measuring thread."""
-        self._listeners.append(listener)
+        return self._step_shown < len(self._steps) - 1
 
     def prediction(self) -> NDArray[np.float64] | None:
         """Accuracy by depth that the surrogate expects, or None while too little is known."""
@@ -159,17 +124,17 @@ class Playground:
 
     def set_size(self, n_pairs: int, n_contexts: int) -> None:
         """Ask other contexts; what the ledger knows of them is there at once."""
-        self._measurer.set_suite(self._make_suite(n_pairs, n_contexts))
+        self._set_suite(self._make_suite(n_pairs, n_contexts))
         with self._lock:
             self.n_pairs, self.n_contexts = n_pairs, n_contexts
-            self._set_status()
+            self._message = ""
         self._tell_listeners(moved=False)
 
     def drag(self, begins: bool) -> None:
-        """A drag begins: nothing is measured until it ends."""
+        """Let a drag begin, during which nothing is measured, or end."""
         with self._lock:
             self._dragged = begins
-            self._measurer.cancel()
+            self._cancel()
         if begins:
             self._tell_listeners(moved=False)
         else:
@@ -179,34 +144,16 @@ class Playground:
         """Measure the present curve now, as far as it is not known."""
         with self._lock:
             self._remember_step()
-            self._measurer.start(self.scaling, delay=0.0)
+            self._start(self.scaling, delay=0.0)
         self._tell_listeners(moved=False)
-
-    def stop(self) -> None:
-        """Cancel the running measurement and wait until the model is free; what was measured is kept."""
-        self._measurer.stop()
-
-    def wait(self) -> None:
-        """Until the running measurement has ended."""
-        self._measurer.wait()
 
     def undo(self) -> None:
         """Back to the curve before the last change."""
-        with self._lock:
-            self._remember_step()
-            if len(self._past) > 1:
-                self._future.append(self._past.pop())
-            self._replace(*self._past[-1])
-        self._tell_listeners(moved=True)
+        self._show_step(-1)
 
     def redo(self) -> None:
         """Forward again."""
-        with self._lock:
-            self._remember_step()
-            if self._future:
-                self._past.append(self._future.pop())
-            self._replace(*self._past[-1])
-        self._tell_listeners(moved=True)
+        self._show_step(1)
 
     def save(self, path: str | Path) -> None:
         """Write the factors, with the curve and what is known of them, as a factor file."""
@@ -221,7 +168,7 @@ class Playground:
     def show_status(self, line: str) -> None:
         """Show a line of status until the next change."""
         with self._lock:
-            self._set_status(line)
+            self._message = line
         self._tell_listeners(moved=False)
 
     def _change(self, curve: BezierCurve, scheme: str) -> None:
@@ -233,22 +180,26 @@ class Playground:
         if (curve, scheme) == (self.curve, self.scheme):
             return
         self.curve, self.scheme = curve, scheme
-        self._measurer.cancel()
+        self._cancel()
         if not self._dragged:
-            self._measurer.start(self.scaling, _SETTLE_SECONDS)
-        self._set_status()
+            self._start(self.scaling, _SETTLE_SECONDS)
+        self._message = ""
 
     def _remember_step(self) -> None:
-        """Make the present curve a step to come back to."""
-        if self._past[-1] != (self.curve, self.scheme):
-            self._past.append((self.curve, self.scheme))
-            self._future.clear()
+        """Make the present curve a step to come back to; steps that were undone are forgotten."""
+        if self._steps[self._step_shown] != (self.curve, self.scheme):
+            self._step_shown += 1
+            self._steps[self._step_shown :] = [(self.curve, self.scheme)]
 
-    def _set_status(self, line: str = "") -> None:
-        self.status = line or self._describe_curve()
+    def _show_step(self, by: int) -> None:
+        """Move `by` steps along the history, as far as it goes."""
+        with self._lock:
+            self._remember_step()
+            self._step_shown = min(max(self._step_shown + by, 0), len(self._steps) - 1)
+            self._replace(*self._steps[self._step_shown])
+        self._tell_listeners(moved=True)
 
     def _describe_curve(self) -> str:
-        """What is known of the present curve, in a line."""
         measured, line = self.measured.get(self.scaling.key), "not measured yet"
         if measured is not None:
             done = f"{len(measured.exact)} of {len(self.suite.probes)} contexts"
@@ -270,10 +221,4 @@ class Playground:
         }
 
     def _snap(self, value: float) -> float:
-        low, high = (edge / self.step for edge in self.bounds)
-        steps = np.clip(np.round(value / self.step), np.ceil(low - 1e-9), np.floor(high + 1e-9))
-        return float(np.round(steps * self.step, 10))
-
-    def _tell_listeners(self, moved: bool) -> None:
-        for listener in self._listeners:
-            listener(moved)
+        return float(on_grid(np.array(value), self.step, self.bounds))

@@ -218,7 +218,7 @@ class Chart {
     const highest = Math.max(0.2, ...curves.flatMap((curve) => curve.high ?? curve.mean));
     const limit = Math.min(1, Math.ceil(highest * 10) / 10);
     const ticks = DEPTHS.map((part) => Number((part * limit).toFixed(3)));
-    const [x, y] = drawAxes(this.drawn, { range: [-0.02, 1.02], ticks: DEPTHS, label: "depth of the answer (0 begin, 1 end)" },
+    const [x, y] = drawAxes(this.drawn, { range: [-0.02, 1.02], ticks: DEPTHS, label: "depth of the answer (0 beginning, 1 end)" },
       { range: [0, limit], ticks, label: "exact answers" }, TOP + 4 * ROW); // the legend is above
     const isOutdated = !areEqual(points, pointsShown);
     curves.forEach((curve, row) => this.drawCurve(curve, row, isOutdated, x, y));

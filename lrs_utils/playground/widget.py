@@ -65,11 +65,9 @@ class _Panel:
                 slider.observe(self._guard(partial(self._move, point)), "value")
         self._scheme.observe(self._guard(lambda: playground.set_scheme(self._scheme.value)), "value")
         self._preset.observe(self._guard(self._use_preset), "value")
+        set_size = self._guard(lambda: playground.set_size(self._pairs.value, self._contexts.value))
         for size in (self._pairs, self._contexts):
-            size.observe(
-                self._guard(lambda: playground.set_size(self._pairs.value, self._contexts.value)),
-                "value",
-            )
+            size.observe(set_size, "value")
         actions = (playground.measure, playground.stop, playground.undo, playground.redo, self._save)
         for button, action in zip(self._buttons.values(), actions, strict=True):
             button.on_click(self._guard(action))
@@ -172,10 +170,7 @@ def list_accuracies(playground: Playground) -> list[dict[str, Any]]:
 def _describe_measured(name: str, measured: MeasuredScaling, n_contexts: int) -> dict[str, Any]:
     mean, low, high = (np.round(part, 4).tolist() for part in measured.accuracy)
     band = {"low": low, "high": high} if len(measured.exact) > 1 else {}
-    return {
-        "name": f"{name}, {len(measured.exact)} of {n_contexts} contexts: {measured.mean:.3f}",
-        "mean": mean,
-    } | band
+    return {"name": f"{name}, {len(measured.exact)} of {n_contexts} contexts: {measured.mean:.3f}", "mean": mean} | band
 
 
 def _write_table(accuracies: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lrs_utils.progress import Progress
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.training.positions import Sampler
 
-# A given number, drawn at random. A token i that is read but need not be predicted is given as ~i.
+# Draws a given number of documents. A token i that is read but need not be predicted is given as ~i.
 Documents = Callable[[int, np.random.Generator], Sequence[NDArray[np.int64]]]
 
 
@@ -146,21 +146,18 @@ def train(
     with torch.random.fork_rng(devices=own):
         torch.manual_seed(training.seed)  # LoRA's first weights
         bare = copy.deepcopy(lm.model)
-        model = _trainable(bare, training)
+        model = _make_trainable(bare, training)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(weights, lr=training.rate, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, training))
-    losses = _resumed(folder / "checkpoint.pt", weights, adam, schedule)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _scale_rate(step, training))
+    losses = _resume(folder / "checkpoint.pt", weights, adam, schedule)
     bar = Progress(training.steps, "training")
-    with ExitStack() as stack:
-        stack.enter_context(bar.entered())
-        stack.enter_context(torch.random.fork_rng(devices=own))
-        if scaling is not None:
-            stack.enter_context(scaling.applied_to(bare))
+    scaled = nullcontext() if scaling is None else scaling.applied_to(bare)
+    with bar.entered(), torch.random.fork_rng(devices=own), scaled:
         bar.advance(len(losses))
         for step in range(len(losses), training.steps):
             torch.manual_seed(training.seed * 1_000_003 + step)  # dropout, where a model has it
-            losses.append(_step(model, lm.model.dtype, documents, sampler, training, step))
+            losses.append(_add_gradient(model, lm.model.dtype, documents, sampler, training, step))
             torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
             adam.step()
             adam.zero_grad()
@@ -182,7 +179,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> Any:
     return model
 
 
-def _trainable(model: PreTrainedModel, training: Training) -> Any:
+def _make_trainable(model: PreTrainedModel, training: Training) -> Any:
     if training.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     if training.lora is None:
@@ -196,24 +193,27 @@ def _trainable(model: PreTrainedModel, training: Training) -> Any:
         return get_peft_model(model, config).train()
 
 
-def _rate(step: int, training: Training) -> float:
+def _scale_rate(step: int, training: Training) -> float:
+    """What the learning rate is multiplied by."""
     if step < training.warmup:
         return (step + 1) / training.warmup
     return (training.steps - step) / max(1, training.steps - training.warmup)
 
 
-def _step(
+def _add_gradient(
     model: Any, dtype: torch.dtype, documents: Documents, sampler: Sampler, training: Training, step: int
 ) -> float:
-    # one for each, so that every sampler is given the same documents
+    """Add the gradient of one step to the weights' own, and return the step's loss."""
+    # two generators, so that every sampler is given the same documents
     of_documents, of_positions = np.random.default_rng([training.seed, step]).spawn(2)
     total, full = 0.0, dtype == torch.float32
     for _ in range(training.accumulate):
         drawn = documents(training.batch, of_documents)
         positions, tokens = sampler([len(document) for document in drawn], of_positions)
         given = np.array([document[t] for document, t in zip(drawn, tokens, strict=True)])
-        read, judged = np.where(given < 0, ~given, given), np.where(given < 0, -100, given)
-        ids, at, labels = (torch.from_numpy(x).to(model.device) for x in (read, positions, judged))
+        # a label of -100 counts nothing towards transformers' loss
+        read, predicted = np.where(given < 0, ~given, given), np.where(given < 0, -100, given)
+        ids, at, labels = (torch.from_numpy(x).to(model.device) for x in (read, positions, predicted))
         # with the mask, or transformers takes every gap between positions for the beginning of another text
         mask = torch.ones_like(ids)
         # entered again for every pass: while entered, it keeps the weights as first cast
@@ -243,7 +243,7 @@ def _save(path: Path, weights: list[Any], adam: Any, schedule: Any, losses: list
     write_whole(path.with_name("losses.csv"), f"step,loss\n{curve}")
 
 
-def _resumed(path: Path, weights: list[Any], adam: Any, schedule: Any) -> list[float]:
+def _resume(path: Path, weights: list[Any], adam: Any, schedule: Any) -> list[float]:
     if not path.exists():
         return []
     state = torch.load(path, weights_only=True, map_location=weights[0].device)

@@ -7,7 +7,7 @@ second of two chunks; RandPos draws positions one by one; plain ones are those o
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,9 @@ class Indices(NamedTuple):
     tokens: NDArray[np.int64]  # their indices in each example's document
 
 
-class Sampler(Protocol):
-    """Draws the indices of a batch; `lengths` are the tokens of each example's document."""
-
-    def __call__(self, lengths: Sequence[int], rng: np.random.Generator) -> Indices:
-        """Raise ValueError for a document shorter than the window."""
+# Draws the indices of a batch from the number of tokens of each example's document; a document shorter than the window
+# is a ValueError.
+Sampler = Callable[[Sequence[int], np.random.Generator], Indices]
 
 
 def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, k: int | None = None) -> Sampler:
@@ -48,7 +46,7 @@ def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, 
     k : int, optional
         Head and tail of continuity; 4 x factor in their code.
     """
-    _check(window, factor)
+    _refuse_bad_sizes(window, factor)
     if mode not in ("paper", "reference"):
         raise ValueError(f"mode is {mode!r}; choose paper or reference")
     if not sigma > 0:
@@ -67,7 +65,7 @@ def cream(window: int, factor: int, *, mode: str = "paper", sigma: float = 3.0, 
         ]
         return Indices(*(np.array(part) for part in zip(*rows, strict=True)))
 
-    return _checked(window, sample)
+    return _refusing_short_documents(window, sample)
 
 
 def middle_factors(factor: int, sigma: float, mode: str) -> Callable[[np.random.Generator, int], NDArray[np.float64]]:
@@ -86,20 +84,21 @@ def middle_factors(factor: int, sigma: float, mode: str) -> Callable[[np.random.
 def _cream_example(
     window: int, factor: int, ends: int, r: float, length: int, mode: str, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    head = tail = ends
-    middle, target = window - head - tail, window * factor
-    last = rng.integers(int(head + (middle - 1) * r / 2), int(window * r / 2) - tail - 1, endpoint=True)
+    """Positions and tokens of one example, whose head and tail have `ends` tokens each."""
+    middle, target = window - 2 * ends, window * factor
+    # P_e: r = 2 leaves the middle at its place in the window; at r = 2 factor it may end just before the tail
+    last = rng.integers(int(ends + (middle - 1) * r / 2), int(window * r / 2) - ends - 1, endpoint=True)
     block = np.arange(last - middle + 1, last + 1)
-    positions = np.concatenate([np.arange(head), block, np.arange(target - tail, target)])
-    # the middle's own tokens where the document is that long, else those before its tail
-    own = last < (length if mode == "reference" else length - tail)
-    content = block if own else np.arange(length - tail - middle, length - tail)
-    return positions, np.concatenate([np.arange(head), content, np.arange(length - tail, length)])
+    positions = np.concatenate([np.arange(ends), block, np.arange(target - ends, target)])
+    # the tokens at the middle's own positions where the document is that long, else those before its tail
+    own = last < (length if mode == "reference" else length - ends)
+    content = block if own else np.arange(length - ends - middle, length - ends)
+    return positions, np.concatenate([np.arange(ends), content, np.arange(length - ends, length)])
 
 
 def pose(window: int, factor: int) -> Sampler:
     """PoSE (2309.10400): two chunks, the second shifted by a random part of what the target has to spare."""
-    _check(window, factor)
+    _refuse_bad_sizes(window, factor)
 
     def sample(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
         first = rng.integers(1, (window + 1) // 2, size=len(lengths), endpoint=True)
@@ -108,29 +107,29 @@ def pose(window: int, factor: int) -> Sampler:
         positions = tokens + np.where(tokens >= first[:, None], shift[:, None], 0)
         return Indices(positions, tokens)
 
-    return _checked(window, sample)
+    return _refusing_short_documents(window, sample)
 
 
 def rand_pos(window: int, factor: int) -> Sampler:
     """RandPos (Ruoss et al. 2023): positions drawn from the target without replacement, in order."""
-    _check(window, factor)
+    _refuse_bad_sizes(window, factor)
 
     def sample(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
         rows = [np.sort(rng.choice(window * factor, window, replace=False)) for _ in lengths]
         return Indices(np.array(rows), np.tile(np.arange(window), (len(lengths), 1)))
 
-    return _checked(window, sample)
+    return _refusing_short_documents(window, sample)
 
 
 def plain(window: int, factor: int = 1) -> Sampler:
     """The positions of pre-training, whatever the target."""
-    _check(window, factor)
+    _refuse_bad_sizes(window, factor)
 
     def sample(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
         each = np.tile(np.arange(window), (len(lengths), 1))
         return Indices(each, each.copy())
 
-    return _checked(window, sample)
+    return _refusing_short_documents(window, sample)
 
 
 def distances_seen(positions: NDArray[np.int64], target: int) -> NDArray[np.int64]:
@@ -143,14 +142,14 @@ def distances_seen(positions: NDArray[np.int64], target: int) -> NDArray[np.int6
     ----------
     positions : int array, shape (examples, window)
     """
-    marks = np.zeros((len(positions), 2 * target))
+    marks = np.zeros((len(positions), 2 * target))  # twice as long, or distances would wrap around
     np.put_along_axis(marks, positions, 1.0, axis=1)
     spectrum = np.fft.rfft(marks)
     pairs = np.fft.irfft(np.abs(spectrum) ** 2, n=2 * target)[:, :target]
     return np.asarray(np.round(pairs).astype(int).sum(axis=0))
 
 
-def _check(window: int, factor: int) -> None:
+def _refuse_bad_sizes(window: int, factor: int) -> None:
     if not isinstance(factor, int | np.integer) or factor < 1:
         raise ValueError(
             f"factor is {factor!r}; the target is a whole multiple of the window, 1 or more: round it up, and stretch "
@@ -160,11 +159,13 @@ def _check(window: int, factor: int) -> None:
         raise ValueError(f"window is {window}; it must be at least 1")
 
 
-def _checked(window: int, sample: Sampler) -> Sampler:
-    def checked(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
+def _refusing_short_documents(window: int, sample: Sampler) -> Sampler:
+    """`sample`, but for documents that don't fill the window."""
+
+    def refuse_or_sample(lengths: Sequence[int], rng: np.random.Generator) -> Indices:
         for example, length in enumerate(lengths):
             if length < window:
                 raise ValueError(f"document {example} has {length} tokens; it must fill the window, {window}")
         return sample(lengths, rng)
 
-    return checked
+    return refuse_or_sample

@@ -71,23 +71,24 @@ def retrieval(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
     kinds = {"kv": (0.6, 13), "lines": (0.25, 20), "passkey": (0.15, 25)}  # how often, tokens an item
     names, (often, sizes) = [*kinds], zip(*kinds.values(), strict=True)
 
-    def problem(rng: np.random.Generator, room: int) -> list[int]:
+    def draw_problem(rng: np.random.Generator, n_left: int) -> list[int]:
         kind = int(rng.choice(len(names), p=often))
-        n, ids = int(max(1, room // sizes[kind]) ** rng.random()), list[int]()  # few as often as many: they teach first
+        n = int(max(1, n_left // sizes[kind]) ** rng.random())  # few as often as many: they teach first
+        ids = list[int]()
         for read, predicted in retrieval_text(rng, n, names[kind]):
             parts = tokenizer([read, read + predicted])["input_ids"]
-            if len(ids) + len(parts[1]) > room:
+            if len(ids) + len(parts[1]) > n_left:
                 break
             ids += [~i for i in parts[0]] + parts[1][len(parts[0]) :]
         return ids
 
-    def one(rng: np.random.Generator) -> NDArray[np.int64]:
+    def draw(rng: np.random.Generator) -> NDArray[np.int64]:
         ids = list[int]()
         for _ in range(8):
-            ids += problem(rng, length - len(ids))  # none if it doesn't fit
+            ids += draw_problem(rng, length - len(ids))  # none if it doesn't fit
         return np.array([~tokenizer.eos_token_id] * (length - len(ids)) + ids)
 
-    return lambda n, rng: [one(rng) for _ in range(n)]
+    return lambda n, rng: [draw(rng) for _ in range(n)]
 
 
 def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
@@ -96,7 +97,7 @@ def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
     These have far more answers than `retrieval` has, and teach the model to look up.
     """
 
-    def one(rng: np.random.Generator) -> NDArray[np.int64]:
+    def draw(rng: np.random.Generator) -> NDArray[np.int64]:
         n, seed = int((length // 20) ** rng.random()), int(rng.integers(2**31))
         [probe] = tasks.kv_retrieval(n, 1, seed, keys="short").probes
         pairs = re.findall(r'("\w+": ")(\d+")', probe.context)
@@ -108,7 +109,7 @@ def recalled(tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
             ids += [~i for i in before] + whole[len(before) :]
         return np.array(ids[:length])
 
-    return lambda n, rng: [one(rng) for _ in range(n)]
+    return lambda n, rng: [draw(rng) for _ in range(n)]
 
 
 def mixed(tokenizer: PreTrainedTokenizerBase, prose: NDArray[np.uint32], length: int) -> Documents:
@@ -152,7 +153,7 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
     """Make tokenizer and model and write them with their losses; a killed run resumes."""
     work = cache_folder() / "small-rope"
     texts = training_texts()
-    tokenizer = _tokenizer(texts)
+    tokenizer = _train_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
@@ -173,7 +174,7 @@ def make(folder: Path = SMALL_FOLDER) -> LM:
     return load_lm(str(folder), dtype="float32")
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
     """Byte-level BPE of 2,048 tokens, single digits apart, from the training texts and retrieval prompts."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
