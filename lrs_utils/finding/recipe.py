@@ -113,7 +113,7 @@ def find_scaling(
         "valid for": _measure_lengths(lm, parts["test"].tasks), "texts": list(texts),
     }  # fmt: skip
     bar = Progress(n_tokens, "finding")
-    with bar.entered():
+    with bar.shown():
         run = Run(lm, parts, ledger, bar, max_perplexity_rise, seed)
         run.measure_unscaled()
         stops = run.search({name: about[name] for name in ("steps", "rate")} | {"vary": vary}, text_weight, questions)

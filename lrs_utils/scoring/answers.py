@@ -44,7 +44,7 @@ def generate_answers(
     list of list of str, shape (contexts, questions)
     """
     answers = []
-    with Progress(len(suite.probes), "answering").entered() as bar:
+    with Progress(len(suite.probes), "answering").shown() as bar:
         fingerprint = lm.fingerprint
         found = {} if ledger is None else ledger.find_texts(fingerprint, scaling.key, max_new_tokens)
         for p, probe in enumerate(suite.probes):

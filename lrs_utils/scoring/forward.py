@@ -18,7 +18,7 @@ from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import multiplied, products
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
-from lrs_utils.scoring.packing import Layout, Packed, laid_out, rounding_alike
+from lrs_utils.scoring.packing import FixedRows, Layout, Packed, laid_out
 
 
 class PackedForward:
@@ -35,7 +35,7 @@ class PackedForward:
         Whether any layer's positions are scaled. If not, even families whose tables can't be made again are read.
     fixed_rows : bool
         Multiply a fixed number of tokens at a time, so that a token's numbers are the same to the last bit whatever
-        lies next to it (`packing.rounding_alike`).
+        lies next to it (`packing.FixedRows`).
     """
 
     def __init__(self, lm: LM, *, length: int | None = None, scaled: bool = True, fixed_rows: bool = False) -> None:
@@ -50,7 +50,7 @@ class PackedForward:
             if self._scaled:
                 self._tables = stack.enter_context(PositionTables(self._lm.model, length=self._length))
             if self._fixed_rows:
-                stack.enter_context(rounding_alike())
+                stack.enter_context(FixedRows())
             self._stack = stack.pop_all()
         return self
 

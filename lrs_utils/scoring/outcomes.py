@@ -93,7 +93,7 @@ def score(
         this process writes the ledger.
 
     An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever else is
-    asked and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
+    asked and whatever is known already (`packing.FixedRows`), on one machine with one number of threads.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def score(
         instance(f"scalings[{c}]", scaling, Scaling, "a LayerScaling or a HeadScaling")
         scaling.refuse_misfit(lm.model)
     work = _Work(lm, suite, scalings, ledger, extrapolate, progress, shared or Shared(max_bytes=0))
-    with work.bar.entered():
+    with work.bar.shown():
         if executor is not None:
             work.run_elsewhere(executor, batch_tokens)
         elif work.missing.any():

@@ -194,7 +194,7 @@ class TrieWalk:
 
     def _verdicts(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """Verdicts and nll, (copies, contexts, questions), by the model's own last norm and head."""
-        at = self._layout.judged.to(hidden.device)
+        at = self._layout.predicted_at.to(hidden.device)
         states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, at].flatten(0, 1)
         targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
         vocabulary = self._lm.model.config.get_text_config().vocab_size

@@ -95,7 +95,7 @@ def search(
     suites = [suite] if isinstance(suite, Suite) else list(suite)
     _refuse_bad(suites, budget, ledger, objective)
     result, shared = SearchResult[Candidate](), Shared()
-    with Progress(budget * sum(len(s.probes) for s in suites), "search").entered() as bar:
+    with Progress(budget * sum(len(s.probes) for s in suites), "search").shown() as bar:
         while len(result.candidates) < budget and (asked := searcher.ask()):
             asked = asked[: budget - len(result.candidates)]
             outcomes = [

@@ -137,7 +137,7 @@ def _last_states(
 
 def _mean_nll(forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor) -> Tensor:
     """The mean over questions of their answers' mean nll."""
-    at_tokens = layout.judged.to(states.device)
+    at_tokens = layout.predicted_at.to(states.device)
     pieces = (torch.split(x, 256) for x in (states[0, at_tokens], layout.targets.to(states.device)))
     losses = [_computed_twice(_losses, forward, *piece) for piece in zip(*pieces, strict=True)]
     owner = torch.as_tensor(owners, device=at_tokens.device)

@@ -153,7 +153,7 @@ def train(
     losses = _resumed(folder / "checkpoint.pt", weights, adam, schedule)
     bar = Progress(training.steps, "training")
     with ExitStack() as stack:
-        stack.enter_context(bar.entered())
+        stack.enter_context(bar.shown())
         stack.enter_context(torch.random.fork_rng(devices=own))
         if scaling is not None:
             stack.enter_context(scaling.applied_to(bare))
