@@ -101,25 +101,39 @@ def explained_errors(path: Path) -> Iterator[None]:
 
 
 def _refuse_strangers(path: Path) -> None:
-    """Raise for a file that is not a sound ledger, before a connection that may write is opened.
+    """Raise for a file that is not a sound ledger, before SQLite opens it.
 
-    Closing such a connection would move the content of a write-ahead log into the file.
+    Even a connection that only reads may leave files beside another program's database, and closing one that may write
+    moves the content of the write-ahead log into the file.
     """
     if not path.exists() or not path.stat().st_size:
         return
-    with path.open("rb") as file:
-        header = file.read(16)
-    if header != b"SQLite format 3\0":
-        raise sqlite3.DatabaseError(f"it begins with {header!r}")  # SQLite itself would overwrite a file of one byte
+    page = _read_first_page(path)
+    # sqlite.org/fileformat: the application's id, and the number of tables and indexes
+    owner, n_tables = int.from_bytes(page[68:72], "big"), int.from_bytes(page[103:105], "big")
+    # a file without tables is one that another process is about to make a ledger
+    if owner != _APPLICATION_ID and (owner or n_tables):
+        raise LedgerError(f"{path} is another program's SQLite file, not a ledger; give another path")
     with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, timeout=60)) as reader:
-        # first the tables, then the owner: another process may be making both, in one transaction
-        (n_tables,) = reader.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (owner,) = reader.execute("PRAGMA application_id").fetchone()
-        if owner != _APPLICATION_ID and (owner or n_tables):
-            raise LedgerError(f"{path} is another program's SQLite file, not a ledger; give another path")
         (health,) = reader.execute("PRAGMA quick_check(1)").fetchone()
     if health != "ok":
         raise sqlite3.DatabaseError(health)
+
+
+def _read_first_page(path: Path) -> bytes:
+    """The beginning of an SQLite file's first page, from its write-ahead log if that has it."""
+    with path.open("rb") as file:
+        page = file.read(512)
+    if not page.startswith(b"SQLite format 3\0"):
+        raise sqlite3.DatabaseError(f"it begins with {page[:16]!r}")  # SQLite itself would overwrite a file of one byte
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and len(content := log.read_bytes()) > 32:
+        # a header of 32 bytes with page size and salt, then frames: 24 bytes with page number and salt, and the page
+        size, salt = int.from_bytes(content[8:12], "big"), content[16:24]
+        for at in range(32, len(content), 24 + size):
+            if content[at : at + 4] == b"\0\0\0\1" and content[at + 8 : at + 16] == salt:
+                page = content[at + 24 : at + 24 + 512]
+    return page
 
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
