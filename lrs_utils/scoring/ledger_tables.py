@@ -114,7 +114,9 @@ def _refuse_strangers(path: Path) -> None:
     # a file without tables is one that another process is about to make a ledger
     if owner != _APPLICATION_ID and (owner or n_tables):
         raise LedgerError(f"{path} is another program's SQLite file, not a ledger; give another path")
-    with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, timeout=60)) as reader:
+    # where there is no write-ahead log, only a connection that may write can undo a write that was cut off
+    mode = "rw" if owner == _APPLICATION_ID and path.with_name(f"{path.name}-journal").exists() else "ro"
+    with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode={mode}", uri=True, timeout=60)) as reader:
         (health,) = reader.execute("PRAGMA quick_check(1)").fetchone()
     if health != "ok":
         raise sqlite3.DatabaseError(health)
