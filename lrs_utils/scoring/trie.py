@@ -34,7 +34,7 @@ class Shared:
     """
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
-        self._room = max_bytes
+        self._bytes_left = max_bytes
         self._packs: dict[tuple[str, ...], Packed] = {}
         self._outputs: dict[tuple[str, ...], tuple[int, Tensor]] = {}
 
@@ -52,9 +52,9 @@ class Shared:
     def keep(self, contexts: tuple[str, ...], layers: int, output: Tensor) -> None:
         """Keep the output of a batch's first layers if there is room."""
         _, before = self._outputs.pop(contexts, (0, None))
-        self._room += before.nbytes if before is not None else 0
-        if output.nbytes <= self._room:
-            self._room -= output.nbytes
+        self._bytes_left += before.nbytes if before is not None else 0
+        if output.nbytes <= self._bytes_left:
+            self._bytes_left -= output.nbytes
             self._outputs[contexts] = (layers, output)
 
 
@@ -65,8 +65,8 @@ class Batch:
     contexts: list[int]
     candidates: list[int]
     asked: list[int]
+    probes: list[Probe]  # each context with the questions that are asked
     packs: list[Packed]
-    keys: list[tuple[str, ...]]  # of the asked questions of each context
 
     @property
     def n_tokens(self) -> int:
@@ -86,8 +86,8 @@ def next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, shar
         if batch.packs and batch.n_tokens + len(packed.ids) > room:
             break
         batch.contexts.append(p)
+        batch.probes.append(probe)
         batch.packs.append(packed)
-        batch.keys.append(probe.keys)
     return batch
 
 
@@ -150,7 +150,7 @@ class TrieWalk:
         """Each candidate with its verdicts and nll, shape (contexts, questions), in the order of the walk."""
         group = sorted(self._batch.candidates, key=self._paths.__getitem__)
         unscaled = [all(self._paths[c][layer] == UNSCALED for c in group) for layer in range(self._lm.num_layers)]
-        contexts = sum(self._batch.keys, (self._fingerprint,))
+        contexts = (self._fingerprint, *(key for probe in self._batch.probes for key in probe.keys))
         n_first = [*unscaled, False].index(False)
         depth, hidden = self._shared.after(contexts, n_first)
         embedded = self._forward.embed(self._layout)
