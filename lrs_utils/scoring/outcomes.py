@@ -112,6 +112,7 @@ def score(
         scaling.refuse_misfit(lm.model)
     scoring = _Scoring(lm, suite, scalings, ledger, extrapolate, progress, shared or Shared(max_bytes=0))
     with scoring.bar.shown():
+        scoring.bar.advance(scoring.n_found)
         if executor is not None:
             scoring.run_elsewhere(executor, batch_tokens)
         elif scoring.missing.any():
@@ -142,7 +143,7 @@ class _Scoring:
             self._look_up(ledger)
         unknown = self.missing.any(axis=2)  # (candidates, contexts)
         self._recomputed, self._n_unknown = int(self.missing.sum()), int(unknown.sum())
-        self._n_found, self._layers_run = unknown.size - self._n_unknown, 0
+        self.n_found, self._layers_run = unknown.size - self._n_unknown, 0
         self.bar = progress or Progress(unknown.size, "scoring")
 
     def _look_up(self, ledger: Ledger) -> None:
@@ -156,7 +157,6 @@ class _Scoring:
 
     def run_here(self, batch_tokens: int | None) -> None:
         """Measure all that is missing with this process's model."""
-        self.bar.advance(self._n_found)
         refuse_unscorable(self._lm)
         paths = [scaling.settings for scaling in self._scalings]
         with PackedForward(self._lm, fixed_rows=True) as forward:
@@ -173,7 +173,6 @@ class _Scoring:
 
     def run_elsewhere(self, executor: Executor, batch_tokens: int | None) -> None:
         """Have all that is missing measured by an executor's workers, in tasks of a batch and a few candidates."""
-        self.bar.advance(self._n_found)
         batches, missing = [], self.missing.copy()
         while missing.any():
             batch = self._next_batch(missing, batch_tokens or CPU_BATCH_TOKENS)
