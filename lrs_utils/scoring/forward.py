@@ -29,8 +29,6 @@ class PackedForward:
 
     Parameters
     ----------
-    length : int, optional
-        Tokens that "dynamic_ntk" stretches for, as in `PositionTables`.
     scaled : bool
         Whether any layer's positions are scaled. If not, even families whose tables can't be made again are read.
     fixed_rows : bool
@@ -38,17 +36,16 @@ class PackedForward:
         lies next to it (`packing.FixedRows`).
     """
 
-    def __init__(self, lm: LM, *, length: int | None = None, scaled: bool = True, fixed_rows: bool = False) -> None:
-        self._lm, self._fixed_rows = lm, fixed_rows
+    def __init__(self, lm: LM, *, scaled: bool = True, fixed_rows: bool = False) -> None:
+        self._lm, self._scaled, self._fixed_rows = lm, scaled, fixed_rows
         self._layers = reachable_decoder(lm.model).layers
-        self._length, self._scaled = length, scaled
         self._tables: PositionTables | None = None
 
     def __enter__(self) -> "PackedForward":
         with ExitStack() as stack:
             stack.enter_context(attending_by(self._lm, "lrs_packed"))
             if self._scaled:
-                self._tables = stack.enter_context(PositionTables(self._lm.model, length=self._length))
+                self._tables = stack.enter_context(PositionTables(self._lm.model))
             if self._fixed_rows:
                 stack.enter_context(FixedRows())
             self._stack = stack.pop_all()
@@ -58,7 +55,7 @@ class PackedForward:
         self._stack.__exit__(*error)
 
     def stretch_for(self, length: int | None) -> None:
-        """Let "dynamic_ntk" stretch for so many tokens from now on."""
+        """Let "dynamic_ntk" stretch for so many tokens from now on, as `PositionTables` has it."""
         if self._tables is not None:
             self._tables.length = length
 

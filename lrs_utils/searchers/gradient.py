@@ -101,7 +101,8 @@ def _differentiated(
     now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
-    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
+    with torch.enable_grad(), PackedForward(lm) as forward:
+        forward.stretch_for(length)
         states = _last_states(lm, forward, layout, scaling, now, numbers)
         nll = _mean_nll(forward, layout, packed.owner, states)
         gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
