@@ -30,7 +30,7 @@ class Progress:
     @contextmanager
     def shown(self) -> Iterator["Progress"]:
         """Show the progress inside the `with` block; blocks of the same progress may be nested."""
-        if self._depth == 0 and self._bar is None and not _headless():
+        if self._depth == 0 and not _headless():
             self._bar = tqdm(total=self.total, desc=self.description, leave=not _in_kernel())
         self._depth += 1
         try:

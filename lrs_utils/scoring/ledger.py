@@ -104,11 +104,11 @@ class Ledger:
     def find_gradient(self, model: str, scaling: str, questions: str) -> tuple[float, NDArray[np.float64]] | None:
         """The nll and gradient of a context's questions, if known."""
         with self._explained():
-            for *_, nll, gradient in self._read_rows(
-                "gradients", f"{_OF_CANDIDATE} AND question = ?", model, scaling, questions
-            ):
-                return nll, np.array(json.loads(gradient))
-        return None
+            rows = list(self._read_rows("gradients", f"{_OF_CANDIDATE} AND question = ?", model, scaling, questions))
+        if not rows:
+            return None
+        [(*_, nll, gradient)] = rows
+        return nll, np.array(json.loads(gradient))
 
     def record_gradient(
         self, model: str, scaling: str, questions: str, nll: float, gradient: NDArray[np.float64]

@@ -117,7 +117,7 @@ def score(
             scoring.run_elsewhere(executor, batch_tokens)
         elif scoring.missing.any():
             scoring.run_here(batch_tokens)
-    return scoring.outcomes()
+    return scoring.collect()
 
 
 class _Scoring:
@@ -167,7 +167,7 @@ class _Scoring:
                     forward.stretch_for(context_tokens(self._lm, self._suite.probes[batch.contexts[0]]))
                 walk = TrieWalk(self._lm, self._fingerprint, batch, paths, forward, self._shared)
                 with limit.watched(batch):
-                    for c, hits, losses in walk.outcomes(max(1, limit.tokens // batch.n_tokens)):
+                    for c, hits, losses in walk.measure(max(1, limit.tokens // batch.n_tokens)):
                         self._record(batch, c, hits, losses)
                 self._layers_run += walk.layers_run
 
@@ -200,7 +200,7 @@ class _Scoring:
             for future in waiting:  # after an error; no effect on those that are done
                 future.cancel()
 
-    def outcomes(self) -> Outcomes:
+    def collect(self) -> Outcomes:
         """What was found and measured."""
         layers_alone = self._n_unknown * self._lm.num_layers
         return Outcomes(self._exact, self._nll, self._suite.depths, self._recomputed, self._layers_run, layers_alone)
