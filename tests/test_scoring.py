@@ -360,7 +360,7 @@ def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm
     part = replace(suite, probes=(replace(suite.probes[0], questions=suite.probes[0].questions[1:3]),))
     assert generate_answers(smollm2, part, scaling, max_new_tokens=8, ledger=ledger) == [answers[0][1:3]]
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
-    monkeypatch.setattr(free_answers, "_decoded_together", None)
+    monkeypatch.setattr(free_answers, "_decode_together", None)
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
 
 

@@ -30,7 +30,7 @@ class PackedForward:
     Parameters
     ----------
     scaled : bool
-        Whether any layer's positions are scaled. If not, even families whose tables can't be made again are read.
+        Whether any layer's positions are scaled. If not, families whose tables can't be made again are read too.
     fixed_rows : bool
         Multiply a fixed number of tokens at a time, so that a token's numbers are the same to the last bit whatever
         lies next to it (`packing.FixedRows`).
@@ -113,13 +113,13 @@ class PackedForward:
             given = given | {"position_embeddings": table}
         # the layout is set here, since a gradient's second computation may run in another thread
         with laid_out(self._layout), multiplied(layer, *numbers):
-            return _only_hidden(layer, layer(hidden, **given))
+            return _require_tensor(layer, layer(hidden, **given))
 
     def run_unhooked(self, hidden: Tensor) -> Tensor:
         """All layers by their plain forward: hooks would scale again what `embed` noted scaled."""
         for layer, given in zip(self._layers, self._given, strict=True):
             with laid_out(self._layout):
-                hidden = _only_hidden(layer, layer.forward(hidden, **given))
+                hidden = _require_tensor(layer, layer.forward(hidden, **given))
         return hidden
 
     def logits(self, states: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def _packed_as_plain(lm: LM) -> bool:
     return same(found, wanted, wanted.roll(1, 0))
 
 
-def _only_hidden(layer: nn.Module, output: Any) -> Tensor:
+def _require_tensor(layer: nn.Module, output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"{type(layer).__name__} gives more than a tensor, which `score` would lose")
     return output

@@ -240,7 +240,7 @@ def score_elsewhere(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], int]:
     """`score` in a worker process, which loads the model once: exact and nll (candidates, contexts, questions)."""
     with _one_at_a_time:  # threads of one process share the model
-        lm = _loaded(**load)
+        lm = _load_once(**load)
         if (own := lm.fingerprint) != fingerprint:
             raise ValueError(
                 f"this worker's {lm.name} has fingerprint {own}, the search's {fingerprint}; give all "
@@ -254,5 +254,5 @@ _one_at_a_time = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, dtype: str, device: str) -> LM:
+def _load_once(name: str, dtype: str, device: str) -> LM:
     return load_lm(name, dtype=dtype, device=device)

@@ -125,7 +125,7 @@ class _Block:
     seen: int  # end of the columns that they see before their own
     rows: slice  # in the layout; also their own columns
     bias: Tensor  # 0 or -inf, (rows, last columns): nothing is hidden in the columns before
-    apart: bool  # a branch: its own columns don't follow those before
+    is_branch: bool  # if so, its own columns don't follow those that it sees before
 
 
 class Layout:
@@ -257,8 +257,8 @@ def _attend_packed(
         for block in layout.blocks(group, head_parts[0].stop, not fused, window, query):
             rows = slice(start + block.rows.start, start + block.rows.stop)
             n_rows, n_hidden = block.bias.shape
-            for part in [slice(0, kv_heads)] if block.apart else head_parts:
-                if block.apart:
+            for part in [slice(0, kv_heads)] if block.is_branch else head_parts:
+                if block.is_branch:
                     seen = slice(start + block.first, start + block.seen)
                     k_seen, v_seen = (torch.cat([x[part, seen], x[part, rows]], dim=1) for x in (k, v))
                 else:

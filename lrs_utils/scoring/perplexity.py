@@ -60,7 +60,7 @@ def window_nll(
     """
     scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
     whole("stride", stride, least=1)
-    ids = _tokens(lm.tokenizer, text)
+    ids = _tokenize(lm.tokenizer, text)
     limit = lm.window * scaling.reach
     for length in lengths:
         if not stride < length <= len(ids):
@@ -101,6 +101,6 @@ def window_nll(
 
 
 @lru_cache(maxsize=16)
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """A book takes longer to split than a small model to read a window of it."""
     return torch.tensor(tokenizer(text)["input_ids"])
