@@ -101,7 +101,8 @@ def _differentiate(
     now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
-    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
+    with torch.enable_grad(), PackedForward(lm) as forward:
+        forward.stretch_for(length)
         states = _run_layers(lm, forward, layout, scaling, now, numbers)
         nll = _average_nll(forward, layout, packed.owner, states)
         gradient = torch.cat(torch.autograd.grad(nll, list(changes.values())))
@@ -140,7 +141,7 @@ def _run_layers(
 
 def _average_nll(forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor) -> Tensor:
     """The mean over questions of their answers' mean nll."""
-    at_tokens = layout.judged.to(states.device)
+    at_tokens = layout.predicted_at.to(states.device)
     pieces = (torch.split(x, 256) for x in (states[0, at_tokens], layout.targets.to(states.device)))
     losses = [_compute_twice(_compute_losses, forward, *piece) for piece in zip(*pieces, strict=True)]
     owner = torch.as_tensor(owners, device=at_tokens.device)
