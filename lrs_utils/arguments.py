@@ -35,10 +35,10 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     return found
 
 
-def instance(name: str, value: Any, kind: type | UnionType, mend: str) -> None:
-    """Refuse a value that is not an instance of a type; `mend` says what to give instead."""
+def instance(name: str, value: Any, kind: type | UnionType, fix: str) -> None:
+    """Refuse a value that is not an instance of a type; `fix` says what to give instead."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is {' '.join(repr(value).split()):.80}; give {mend}")
+        raise ValueError(f"{name} is {' '.join(repr(value).split()):.80}; give {fix}")
 
 
 def _within(value: float, least: float | None, most: float | None) -> bool:

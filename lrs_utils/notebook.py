@@ -167,7 +167,7 @@ class Run:
                     write_whole(self.path(f"{AGAIN}/{name}.csv"), f"# {nth} of {len(pieces)}: {piece}\n{again}")
                 return pd.read_csv(path, skiprows=1)
         parts, bar = [], Progress(len(pieces), name)
-        with bar.entered():
+        with bar.shown():
             for piece, measure in pieces.items():
                 digest = hashlib.sha256(json.dumps({"piece": piece, **settings}).encode()).hexdigest()[:16]
                 part = cache_folder() / "tables" / f"{name}-{digest}.csv"

@@ -28,9 +28,9 @@ class Progress:
         self._bar: Any = None
 
     @contextmanager
-    def entered(self) -> Iterator["Progress"]:
+    def shown(self) -> Iterator["Progress"]:
         """Show the progress inside the `with` block; blocks of the same progress may be nested."""
-        if self._depth == 0 and self._bar is None and not _headless():
+        if self._depth == 0 and not _headless():
             self._bar = tqdm(total=self.total, desc=self.description, leave=not _in_kernel())
         self._depth += 1
         try:
@@ -80,8 +80,8 @@ class _Part(Progress):
         self._whole, self._weight = whole, weight
 
     @contextmanager
-    def entered(self) -> Iterator[Progress]:
-        with self._whole.entered():
+    def shown(self) -> Iterator[Progress]:
+        with self._whole.shown():
             yield self
 
     def advance(self, units: int, note: str | None = None) -> None:

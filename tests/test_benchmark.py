@@ -41,13 +41,15 @@ def test_operations_of_a_packed_context_are_those_of_its_tokens_and_what_they_se
     packs = [pack(tiny, suite.probes[0], "")]
     seen = int(seen_densely(packs, 1, None).sum())
     work = score_work(tiny, ALL, suite, [LayerScaling.identity(2)])
-    assert work.operations == operations(tiny, len(packs[0].ids), seen, len(packs[0].judged))
+    assert work.operations == operations(tiny, len(packs[0].ids), seen, len(packs[0].predicted_at))
     work.run(Progress(1, "the family is tried once"))
     with FlopCounterMode(display=False) as counter:
         work.run(Progress(1, "counting"))
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     # products are filled up to PRODUCT_ROWS; embedding makes logits of one token; attention is counted apart
-    filled = [PRODUCT_ROWS["cpu"] * -(-n // PRODUCT_ROWS["cpu"]) for n in (len(packs[0].ids), len(packs[0].judged), 1)]
+    filled = [
+        PRODUCT_ROWS["cpu"] * -(-n // PRODUCT_ROWS["cpu"]) for n in (len(packs[0].ids), len(packs[0].predicted_at), 1)
+    ]
     assert counts["aten.mm"] == operations(tiny, filled[0], 0, filled[1] + filled[2])
     assert sum(counts.values()) > work.operations
 

@@ -291,6 +291,22 @@ def test_without_a_write_ahead_log_every_write_waits_for_the_disk_and_a_line_say
     assert capsys.readouterr().err == ""
 
 
+def test_a_write_killed_without_a_write_ahead_log_is_undone(tmp_path):
+    path = tmp_path / "l.sqlite"
+    code = (
+        "import os, sys, numpy as np; from lrs_utils.scoring import ledger, ledger_tables\n"
+        "ledger_tables._use_write_ahead_log = lambda database: 'delete'\n"
+        "own = ledger.Ledger(sys.argv[1]); own.record('m', 's', ['q0'], np.array([True]), np.array([0.5]))\n"
+        "own._db.executescript('PRAGMA cache_size = 1; BEGIN; UPDATE outcomes SET exact = 0;')\n"
+        "for i in range(1000): own._db.execute('INSERT INTO candidates (model, scaling) VALUES (?, ?)', (i, i))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=False)
+    assert path.with_name("l.sqlite-journal").exists()
+    with Ledger(path) as ledger:
+        assert ledger.find("m", "s") == {"q0": (True, 0.5)}
+
+
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
 def test_a_ledger_that_goes_away_while_it_is_in_use_is_noticed(ledger, how):
     ledger.record("m", "s", KEYS[:1], EXACT[:1], NLL[:1])

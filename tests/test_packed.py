@@ -108,7 +108,7 @@ def test_a_packed_probe_holds_every_question_as_it_would_be_alone(smollm2):
         assert packed.ids[:start].tolist() + packed.ids[mine].tolist() == alone[:-1]
         assert packed.positions[mine].tolist() == list(range(start, len(alone) - 1))
         assert n - start == 1  # all but the last token, which may merge with a question's first
-        judged = packed.judged[packed.owner == q]
+        judged = packed.predicted_at[packed.owner == q]
         assert packed.targets[packed.owner == q].tolist() == alone[-len(judged) :]
         assert torch.equal(packed.positions[judged], torch.arange(len(alone) - 1 - len(judged), len(alone) - 1))
         assert smollm2.tokenizer.decode(alone[-len(judged) :]) == question.answer

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from lrs_utils import ExtendedScaling, HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils.progress import Progress
 from lrs_utils.scoring import answers as free_answers
 from lrs_utils.scoring.answers import generate_answers
 from lrs_utils.scoring.packing import _BLOCK_ROWS, pack
@@ -245,6 +246,9 @@ def test_outcomes_in_the_ledger_are_not_measured_again(tiny, tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     first = score(tiny, suite, [SCALINGS[2]], ledger=ledger)
     assert first.recomputed == len(ledger) == 12
+    bar = Progress(3, "found")
+    assert score(tiny, suite, [SCALINGS[2]], ledger=ledger, progress=bar).recomputed == 0
+    assert bar.done == 3
     again = score(tiny, suite, [LayerScaling.identity(2), SCALINGS[2]], ledger=ledger)
     assert again.recomputed == 12
     np.testing.assert_array_equal(again.nll[1], first.nll[0])
@@ -356,7 +360,7 @@ def test_free_answers_are_the_same_in_smaller_batches_and_from_the_ledger(smollm
     part = replace(suite, probes=(replace(suite.probes[0], questions=suite.probes[0].questions[1:3]),))
     assert generate_answers(smollm2, part, scaling, max_new_tokens=8, ledger=ledger) == [answers[0][1:3]]
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
-    monkeypatch.setattr(free_answers, "_decoded_together", None)
+    monkeypatch.setattr(free_answers, "_decode_together", None)
     assert generate_answers(smollm2, suite, scaling, max_new_tokens=8, ledger=ledger) == answers
 
 

@@ -80,7 +80,7 @@ def generate_work(lm: LM, probe: Probe, scaling: LayerScaling, questions: Sequen
     total = 0.0
     for q in questions:
         packed = pack(lm, replace(probe, questions=(probe.questions[q],)), "the benchmark")
-        n, answer = len(packed.ids) + 1 - len(packed.judged), len(packed.judged)
+        n, answer = len(packed.ids) + 1 - len(packed.predicted_at), len(packed.predicted_at)
         prompts.append((packed.ids[None, :n].to(lm.model.device), answer))
         total += operations(lm, n + answer - 1, (n + answer - 1) * (n + answer) // 2, answer)
 
@@ -100,7 +100,7 @@ def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling]
     packs = [pack(lm, probe, "the benchmark") for probe in suite.probes]
     share = len(_distinct_layers(scalings)) / sum(len(s.factors) for s in scalings) if together else 1.0
     one = sum(operations(lm, len(p.ids), int((p.positions + 1).sum()), 0) for p in packs)
-    judged = sum(operations(lm, 0, 0, len(p.judged)) for p in packs)
+    judged = sum(operations(lm, 0, 0, len(p.predicted_at)) for p in packs)
 
     def run(bar: Progress) -> None:
         for group in [scalings] if together else [[s] for s in scalings]:
@@ -120,7 +120,7 @@ def measured(lm: LM, repetitions: Sequence[Sequence[Work]]) -> pd.DataFrame:
     """Run all work, repetition by repetition; one row each time, with the matrix rate of its repetition."""
     rows = []
     bar = Progress(sum(work.steps for works in repetitions for work in works), "benchmark")
-    with torch.inference_mode(), bar.entered():
+    with torch.inference_mode(), bar.shown():
         for repetition, works in enumerate(repetitions):
             rate = matrix_rate(lm.model.device, lm.model.dtype)
             for work in works:

@@ -48,7 +48,7 @@ LAYERED = {"jamba", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"
 
 def main() -> None:
     rows = []
-    with Progress(len(TYPES), "families").entered() as bar:
+    with Progress(len(TYPES), "families").shown() as bar:
         for model_type in TYPES:
             rows.append(verdicts(model_type))
             bar.advance(1, model_type)

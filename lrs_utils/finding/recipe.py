@@ -139,7 +139,7 @@ def find_scaling(
         "valid for": _measure_lengths(lm, parts["test"].tasks), "texts": list(texts),
     }  # fmt: skip
     bar = Progress(n_tokens, "finding")
-    with bar.entered():
+    with bar.shown():
         run = Run(lm, parts, about, ledger, bar)
         run.measure_unscaled()
         scaling, choices = run.choose(run.search())

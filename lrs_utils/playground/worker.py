@@ -207,7 +207,7 @@ class _HiddenProgress(Progress):
     """Progress that the status line shows instead."""
 
     @contextmanager
-    def entered(self) -> Iterator[Progress]:
+    def shown(self) -> Iterator[Progress]:
         yield self
 
     def advance(self, units: int, note: str | None = None) -> None:

@@ -44,7 +44,7 @@ def generate_answers(
     list of list of str, shape (contexts, questions)
     """
     answers = []
-    with Progress(len(suite.probes), "answering").entered() as bar:
+    with Progress(len(suite.probes), "answering").shown() as bar:
         fingerprint = lm.fingerprint
         found = {} if ledger is None else ledger.find_texts(fingerprint, scaling.key, max_new_tokens)
         for p, probe in enumerate(suite.probes):
@@ -56,7 +56,7 @@ def generate_answers(
                     refuse_beyond_window(lm, longest, scaling, f"context {p} of {suite.name}")
                 length = context_tokens(lm, probe) if scaling.stretches_by_length else None
                 with scaling.applied_to(lm.model, length=length):
-                    texts = _decoded_together(lm, prompts, max_new_tokens)
+                    texts = _decode_together(lm, prompts, max_new_tokens)
                 if ledger is not None:
                     texts = ledger.record_texts(fingerprint, scaling.key, max_new_tokens, probe.keys, texts)
                 found |= zip(probe.keys, texts, strict=True)
@@ -65,7 +65,7 @@ def generate_answers(
     return answers
 
 
-def _decoded_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+def _decode_together(lm: LM, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     """Greedy text after each of some prompts that begin the same way; what they share is read once."""
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     n_context, longest = shared_prefix(prompts), max(map(len, prompts))

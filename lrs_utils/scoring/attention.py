@@ -78,8 +78,8 @@ class _Pieces:
             for block in blocks:
                 rows = slice(start + block.rows.start, start + block.rows.stop)
                 seen = slice(start + block.first, start + block.seen)
-                columns = [seen, rows] if block.apart else [slice(seen.start, rows.stop)]
-                for heads in whole if block.apart else parts:
+                columns = [seen, rows] if block.is_branch else [slice(seen.start, rows.stop)]
+                for heads in whole if block.is_branch else parts:
                     yield _Piece(heads, rows, block.bias, columns)
 
     def weights(self, piece: _Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ class _Pieces:
 
     def by_token(self, rows: Tensor) -> Tensor:
         """(key heads, group * rows, dim) to (rows, key heads, group, dim)."""
-        return rows.unflatten(1, (self.group, -1)).permute(2, 0, 1, 3)
+        return rows.view(len(rows), self.group, -1, rows.shape[2]).permute(2, 0, 1, 3)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -146,12 +146,14 @@ class _PackedAttention(torch.autograd.Function):
             d_logits -= along[piece.rows, piece.heads].permute(1, 2, 0).flatten(1, 2)[..., None]
             d_logits *= weights
             d_queries = torch.bmm(d_logits, keys) * pieces.scale
-            d_query[piece.heads, :, piece.rows] = d_queries.unflatten(1, (pieces.group, -1))
+            d_query[piece.heads, :, piece.rows] = d_queries.view(len(d_queries), pieces.group, -1, d_queries.shape[2])
             first = 0
             for columns in piece.columns:
                 some = slice(first, first + columns.stop - columns.start)
-                d_value[piece.heads, columns].baddbmm_(weights[..., some].mT, d_rows)
-                d_key[piece.heads, columns].baddbmm_(d_logits[..., some].mT, queries, alpha=pieces.scale)
+                # one head at a time: a slice of several heads isn't contiguous, so it would be copied and copied back
+                for nth, head in enumerate(range(piece.heads.start, piece.heads.stop)):
+                    d_value[head, columns].addmm_(weights[nth, :, some].mT, d_rows[nth])
+                    d_key[head, columns].addmm_(d_logits[nth, :, some].mT, queries[nth], alpha=pieces.scale)
                 first = some.stop
         return d_query.view_as(query), d_key[None], d_value[None], None, None, None
 

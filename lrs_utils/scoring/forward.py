@@ -19,7 +19,7 @@ from lrs_utils.scaling.products import multiplied, products
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
 from lrs_utils.scoring.attention import laid_out
-from lrs_utils.scoring.packing import Layout, Packed, rounding_alike
+from lrs_utils.scoring.packing import FixedRows, Layout, Packed
 
 
 class PackedForward:
@@ -30,28 +30,25 @@ class PackedForward:
 
     Parameters
     ----------
-    length : int, optional
-        Tokens that "dynamic_ntk" stretches for, as in `PositionTables`.
     scaled : bool
-        Whether any layer's positions are scaled. If not, even families whose tables can't be made again are read.
+        Whether any layer's positions are scaled. If not, families whose tables can't be made again are read too.
     fixed_rows : bool
         Multiply a fixed number of tokens at a time, so that a token's numbers are the same to the last bit whatever
-        lies next to it (`packing.rounding_alike`).
+        lies next to it (`packing.FixedRows`).
     """
 
-    def __init__(self, lm: LM, *, length: int | None = None, scaled: bool = True, fixed_rows: bool = False) -> None:
-        self._lm, self._fixed_rows = lm, fixed_rows
+    def __init__(self, lm: LM, *, scaled: bool = True, fixed_rows: bool = False) -> None:
+        self._lm, self._scaled, self._fixed_rows = lm, scaled, fixed_rows
         self._layers = reachable_decoder(lm.model).layers
-        self._length, self._scaled = length, scaled
         self._tables: PositionTables | None = None
 
     def __enter__(self) -> "PackedForward":
         with ExitStack() as stack:
             stack.enter_context(attending_by(self._lm, "lrs_packed"))
             if self._scaled:
-                self._tables = stack.enter_context(PositionTables(self._lm.model, length=self._length))
+                self._tables = stack.enter_context(PositionTables(self._lm.model))
             if self._fixed_rows:
-                stack.enter_context(rounding_alike())
+                stack.enter_context(FixedRows())
             self._stack = stack.pop_all()
         return self
 
@@ -59,7 +56,7 @@ class PackedForward:
         self._stack.__exit__(*error)
 
     def stretch_for(self, length: int | None) -> None:
-        """Let "dynamic_ntk" stretch for so many tokens from now on."""
+        """Let "dynamic_ntk" stretch for so many tokens from now on, as `PositionTables` has it."""
         if self._tables is not None:
             self._tables.length = length
 
@@ -117,13 +114,13 @@ class PackedForward:
             given = given | {"position_embeddings": table}
         # the layout is set here, since a gradient's second computation may run in another thread
         with laid_out(self._layout), multiplied(layer, *numbers):
-            return _only_hidden(layer, layer(hidden, **given))
+            return _require_tensor(layer, layer(hidden, **given))
 
     def run_unhooked(self, hidden: Tensor) -> Tensor:
         """All layers by their plain forward: hooks would scale again what `embed` noted scaled."""
         for layer, given in zip(self._layers, self._given, strict=True):
             with laid_out(self._layout):
-                hidden = _only_hidden(layer, layer.forward(hidden, **given))
+                hidden = _require_tensor(layer, layer.forward(hidden, **given))
         return hidden
 
     def logits(self, states: Tensor) -> Tensor:
@@ -156,7 +153,7 @@ def _packed_as_plain(lm: LM) -> bool:
     return same(found, wanted, wanted.roll(1, 0))
 
 
-def _only_hidden(layer: nn.Module, output: Any) -> Tensor:
+def _require_tensor(layer: nn.Module, output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"{type(layer).__name__} gives more than a tensor, which `score` would lose")
     return output

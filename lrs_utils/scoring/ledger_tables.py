@@ -1,26 +1,24 @@
 """The file of a ledger: its tables, and how a file that is foreign, damaged or unwritable is told from a sound one."""
 
-import os
 import sqlite3
 import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 _APPLICATION_ID = 0x4C52_5331  # "LRS1" in the file's header: ours, and this layout
+# "IF NOT EXISTS", as older ledgers have only the first two
 _SCHEMA = """
-CREATE TABLE candidates (id INTEGER PRIMARY KEY, model TEXT NOT NULL, scaling TEXT NOT NULL, UNIQUE (model, scaling));
-CREATE TABLE outcomes (
+CREATE TABLE IF NOT EXISTS
+candidates (id INTEGER PRIMARY KEY, model TEXT NOT NULL, scaling TEXT NOT NULL, UNIQUE (model, scaling));
+CREATE TABLE IF NOT EXISTS outcomes (
     candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, exact INTEGER NOT NULL, nll REAL NOT NULL,
     PRIMARY KEY (candidate, question)
 ) WITHOUT ROWID;
-"""
-# added later: older ledgers are brought up to date when they are opened
-_LATER = """
 CREATE TABLE IF NOT EXISTS texts (
     candidate INTEGER NOT NULL REFERENCES candidates, question TEXT NOT NULL, max_new_tokens INTEGER NOT NULL,
     text TEXT NOT NULL, PRIMARY KEY (candidate, question, max_new_tokens)
@@ -33,16 +31,19 @@ CREATE TABLE IF NOT EXISTS gradients (
 TABLES = {"outcomes": "exact, nll", "texts": "max_new_tokens, text", "gradients": "nll, gradient"}
 _VERSION = 1  # rows have checksums
 
+Row = tuple[Any, ...]  # model, scaling, question, and the columns of a table
+
 
 class LedgerError(OSError):
     """The ledger file can't be read or written; nothing recorded before is lost and the file is left unchanged."""
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Connect to a ledger file that `refuse_strangers` let pass; an empty file gets its tables, an older one the new.
+    """Connect to a ledger file; an empty one gets its tables, an older one the new, and any other file is refused.
 
     Transactions are not begun by the connection: `transaction` does that.
     """
+    _refuse_strangers(path)
     database = sqlite3.connect(path, timeout=60, isolation_level=None)
     try:
         _prepare(database, path)
@@ -52,39 +53,15 @@ def open_database(path: Path) -> sqlite3.Connection:
     return database
 
 
-def refuse_strangers(path: Path) -> None:
-    """Raise for a file that is not a sound ledger, before a connection that may write is opened.
-
-    Closing such a connection would move the content of a write-ahead log into the file.
-    """
-    if not path.exists():
-        return
-    head, page = path.open("rb").read(16), _read_first_page(path)
-    if head not in (b"", b"SQLite format 3\0"):
-        raise sqlite3.DatabaseError(f"it begins with {head!r}")  # SQLite itself overwrites very short files
-    owner, n_tables = int.from_bytes(page[68:72], "big"), int.from_bytes(page[103:105], "big")
-    # a file without tables is one that another process is about to make a ledger
-    if page and owner != _APPLICATION_ID and (owner or n_tables):
-        raise LedgerError(f"{path} is another program's SQLite file, not a ledger; give another path")
-    if head:
-        reader = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, timeout=60)
-        try:
-            (health,) = reader.execute("PRAGMA quick_check(1)").fetchone()
-        finally:
-            reader.close()
-        if health != "ok":
-            raise sqlite3.DatabaseError(health)
-
-
-def compute_checksum(model: str, scaling: str, *row: Any) -> int:
-    """The checksum of a row: of its question and columns, and of the candidate that it belongs to."""
-    return zlib.crc32(repr((model, scaling, *row)).encode())
+def compute_checksum(*row: Any) -> int:
+    """The checksum of a row, its candidate included."""
+    return zlib.crc32(repr(row).encode())
 
 
 def identify(path: Path) -> tuple[int, int] | None:
     """The identity of the file at a path; None if there is none."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
@@ -93,14 +70,9 @@ def identify(path: Path) -> tuple[int, int] | None:
 @contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[None]:
     """Write all of a block's rows, or none."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
+    with database:  # commits, or rolls back after an error
+        database.execute("BEGIN IMMEDIATE")
         yield
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
 
 
 @contextmanager
@@ -128,6 +100,44 @@ def explained_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _refuse_strangers(path: Path) -> None:
+    """Raise for a file that is not a sound ledger, before SQLite opens it.
+
+    Even a connection that only reads may leave files beside another program's database, and closing one that may write
+    moves the content of the write-ahead log into the file.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    page = _read_first_page(path)
+    # sqlite.org/fileformat: the application's id, and the number of tables and indexes
+    owner, n_tables = int.from_bytes(page[68:72], "big"), int.from_bytes(page[103:105], "big")
+    # a file without tables is one that another process is about to make a ledger
+    if owner != _APPLICATION_ID and (owner or n_tables):
+        raise LedgerError(f"{path} is another program's SQLite file, not a ledger; give another path")
+    # where there is no write-ahead log, only a connection that may write can undo a write that was cut off
+    mode = "rw" if owner == _APPLICATION_ID and path.with_name(f"{path.name}-journal").exists() else "ro"
+    with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode={mode}", uri=True, timeout=60)) as reader:
+        (health,) = reader.execute("PRAGMA quick_check(1)").fetchone()
+    if health != "ok":
+        raise sqlite3.DatabaseError(health)
+
+
+def _read_first_page(path: Path) -> bytes:
+    """The beginning of an SQLite file's first page, from its write-ahead log if that has it."""
+    with path.open("rb") as file:
+        page = file.read(512)
+    if not page.startswith(b"SQLite format 3\0"):
+        raise sqlite3.DatabaseError(f"it begins with {page[:16]!r}")  # SQLite itself would overwrite a file of one byte
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and len(content := log.read_bytes()) > 32:
+        # a header of 32 bytes with page size and salt, then frames: 24 bytes with page number and salt, and the page
+        size, salt = int.from_bytes(content[8:12], "big"), content[16:24]
+        for at in range(32, len(content), 24 + size):
+            if content[at : at + 4] == b"\0\0\0\1" and content[at + 8 : at + 16] == salt:
+                page = content[at + 24 : at + 24 + 512]
+    return page
+
+
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
     mode = _use_write_ahead_log(database)
     # with the log: survives any kill, and a power cut may cost the last second
@@ -136,11 +146,7 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
         print(f"{path}: no write-ahead log here (journal mode {mode}); writing is slower", file=sys.stderr)
     if _read_version(database) < _VERSION:
         with transaction(database):
-            if not database.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():  # another process's turn?
-                database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                for statement in _SCHEMA.strip().split(";\n"):
-                    database.execute(statement)
-            if _read_version(database) < _VERSION:
+            if _read_version(database) < _VERSION:  # another process may have been first
                 _bring_up_to_date(database)
 
 
@@ -161,7 +167,8 @@ def _read_version(database: sqlite3.Connection) -> int:
 
 
 def _bring_up_to_date(database: sqlite3.Connection) -> None:
-    for statement in _LATER.strip().split(";\n"):
+    database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    for statement in _SCHEMA.strip().split(";\n"):
         database.execute(statement)
     database.create_function("checksum", -1, compute_checksum, deterministic=True)
     for table, columns in TABLES.items():
@@ -171,14 +178,3 @@ def _bring_up_to_date(database: sqlite3.Connection) -> None:
             f"(SELECT checksum(model, scaling, question, {columns}) FROM candidates WHERE id = candidate)"
         )
     database.execute(f"PRAGMA user_version = {_VERSION}")
-
-
-def _read_first_page(path: Path) -> bytes:
-    """The beginning of an SQLite file's first page, from its write-ahead log if that has it (sqlite.org/fileformat)."""
-    page, log = path.open("rb").read(512), path.with_name(f"{path.name}-wal")
-    if log.exists() and len(content := log.read_bytes()) > 32:
-        size, salt = int.from_bytes(content[8:12], "big"), content[16:24]
-        for at in range(32, len(content), 24 + size):
-            if content[at : at + 4] == b"\0\0\0\1" and content[at + 8 : at + 16] == salt:
-                page = content[at + 24 : at + 24 + 512]
-    return page

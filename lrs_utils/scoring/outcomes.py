@@ -93,7 +93,7 @@ def score(
         this process writes the ledger.
 
     An outcome depends on the model, the scaling, the context and the question alone, to the last bit, whatever else is
-    asked and whatever is known already (`packing.rounding_alike`), on one machine with one number of threads.
+    asked and whatever is known already (`packing.FixedRows`), on one machine with one number of threads.
 
     Raises
     ------
@@ -110,16 +110,17 @@ def score(
     for c, scaling in enumerate(scalings):
         instance(f"scalings[{c}]", scaling, Scaling, "a LayerScaling or a HeadScaling")
         scaling.refuse_misfit(lm.model)
-    work = _Work(lm, suite, scalings, ledger, extrapolate, progress, shared or Shared(max_bytes=0))
-    with work.bar.entered():
+    scoring = _Scoring(lm, suite, scalings, ledger, extrapolate, progress, shared or Shared(max_bytes=0))
+    with scoring.bar.shown():
+        scoring.bar.advance(scoring.n_found)
         if executor is not None:
-            work.run_elsewhere(executor, batch_tokens)
-        elif work.missing.any():
-            work.run_here(batch_tokens)
-    return work.outcomes()
+            scoring.run_elsewhere(executor, batch_tokens)
+        elif scoring.missing.any():
+            scoring.run_here(batch_tokens)
+    return scoring.collect()
 
 
-class _Work:
+class _Scoring:
     """One call of `score`: what is still missing, and where what is measured goes."""
 
     def __init__(
@@ -138,12 +139,12 @@ class _Work:
         shape = (len(scalings), *suite.asked.shape)
         self.missing = np.broadcast_to(suite.asked, shape).copy()
         self._exact, self._nll = np.zeros(shape, bool), np.where(self.missing, 0.0, np.nan)
-        n_rows = self.missing[..., 0].size
-        self.bar = progress or Progress(n_rows, "scoring")
         if ledger is not None:
             self._look_up(ledger)
-        self._recomputed, self._n_unknown = int(self.missing.sum()), int(self.missing.any(axis=2).sum())
-        self._n_found, self._layers_run = n_rows - self._n_unknown, 0
+        unknown = self.missing.any(axis=2)  # (candidates, contexts)
+        self._recomputed, self._n_unknown = int(self.missing.sum()), int(unknown.sum())
+        self.n_found, self._layers_run = unknown.size - self._n_unknown, 0
+        self.bar = progress or Progress(unknown.size, "scoring")
 
     def _look_up(self, ledger: Ledger) -> None:
         for c, scaling in enumerate(self._scalings):
@@ -156,7 +157,6 @@ class _Work:
 
     def run_here(self, batch_tokens: int | None) -> None:
         """Measure all that is missing with this process's model."""
-        self.bar.advance(self._n_found)
         refuse_unscorable(self._lm)
         paths = [scaling.settings for scaling in self._scalings]
         with PackedForward(self._lm, fixed_rows=True) as forward:
@@ -167,13 +167,12 @@ class _Work:
                     forward.stretch_for(context_tokens(self._lm, self._suite.probes[batch.contexts[0]]))
                 walk = TrieWalk(self._lm, self._fingerprint, batch, paths, forward, self._shared)
                 with limit.watched(batch):
-                    for c, hits, losses in walk.outcomes(max(1, limit.tokens // batch.n_tokens)):
+                    for c, hits, losses in walk.measure(max(1, limit.tokens // batch.n_tokens)):
                         self._record(batch, c, hits, losses)
                 self._layers_run += walk.layers_run
 
     def run_elsewhere(self, executor: Executor, batch_tokens: int | None) -> None:
         """Have all that is missing measured by an executor's workers, in tasks of a batch and a few candidates."""
-        self.bar.advance(self._n_found)
         batches, missing = [], self.missing.copy()
         while missing.any():
             batch = self._next_batch(missing, batch_tokens or CPU_BATCH_TOKENS)
@@ -182,8 +181,15 @@ class _Work:
             ordered = sorted(batch.candidates, key=lambda c: self._scalings[c].settings)
             parts = (ordered[i : i + _TASK_CANDIDATES] for i in range(0, len(ordered), _TASK_CANDIDATES))
             batches += [replace(batch, candidates=part) for part in parts]
+        lm = self._lm
+        load = {"name": lm.name, "dtype": str(lm.model.dtype).removeprefix("torch."), "device": lm.model.device.type}
         options = {"extrapolate": self._extrapolate, "batch_tokens": batch_tokens}
-        waiting = {executor.submit(score_elsewhere, *self._task(batch), options): batch for batch in batches}
+        waiting = {}
+        for batch in batches:
+            suite = replace(self._suite, probes=tuple(batch.probes))
+            scalings = [self._scalings[c] for c in batch.candidates]
+            task = executor.submit(score_elsewhere, load, self._fingerprint, suite, scalings, options)
+            waiting[task] = batch
         try:
             for done in as_completed(waiting):
                 batch, (exact, nll, n_layers) = waiting[done], done.result()
@@ -194,7 +200,7 @@ class _Work:
             for future in waiting:  # after an error; no effect on those that are done
                 future.cancel()
 
-    def outcomes(self) -> Outcomes:
+    def collect(self) -> Outcomes:
         """What was found and measured."""
         layers_alone = self._n_unknown * self._lm.num_layers
         return Outcomes(self._exact, self._nll, self._suite.depths, self._recomputed, self._layers_run, layers_alone)
@@ -210,35 +216,23 @@ class _Work:
 
     def _record(self, batch: Batch, c: int, hits: NDArray[np.bool_], losses: NDArray[np.float64]) -> None:
         """Keep what a candidate made of a batch, (contexts, questions)."""
-        for p, keys, hit, loss in zip(batch.contexts, batch.keys, hits, losses, strict=True):
+        for p, probe, hit, loss in zip(batch.contexts, batch.probes, hits, losses, strict=True):
             if not np.isfinite(loss).all():
-                q = batch.asked[int(np.isfinite(loss).argmin())]
+                question = probe.questions[int(np.isfinite(loss).argmin())]
                 raise FloatingPointError(
-                    f"{self._lm.name} gave a non-finite likelihood to the answer at position "
-                    f"{self._suite.probes[p].questions[q].position} in context {p} of {self._suite.name}, under "
-                    f"{self._scalings[c]}; try dtype float32"
+                    f"{self._lm.name} gave a non-finite likelihood to the answer at position {question.position} in "
+                    f"context {p} of {self._suite.name}, under {self._scalings[c]}; try dtype float32"
                 )
             if self._ledger is not None:
                 key = self._scalings[c].key
-                hit, loss = zip(*self._ledger.record(self._fingerprint, key, keys, hit, loss), strict=True)
+                hit, loss = zip(*self._ledger.record(self._fingerprint, key, probe.keys, hit, loss), strict=True)
             self._exact[c, p, batch.asked], self._nll[c, p, batch.asked] = hit, loss
             self.missing[c, p] = False
             self.bar.advance(1)
 
-    def _task(self, batch: Batch) -> tuple[tuple[str, str, str], str, Suite, list[Scaling]]:
-        """What `score_elsewhere` needs to measure a batch."""
-        lm, suite = self._lm, self._suite
-        probes = [
-            replace(probe, questions=tuple(probe.questions[q] for q in batch.asked))
-            for probe in (suite.probes[p] for p in batch.contexts)
-        ]
-        load = (lm.name, str(lm.model.dtype).removeprefix("torch."), lm.model.device.type)
-        scalings = [self._scalings[c] for c in batch.candidates]
-        return load, self._fingerprint, replace(suite, probes=tuple(probes)), scalings
-
 
 def score_elsewhere(
-    load: tuple[str, str, str],
+    load: Mapping[str, str],
     fingerprint: str,
     suite: Suite,
     scalings: Sequence[Scaling],
@@ -246,7 +240,7 @@ def score_elsewhere(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], int]:
     """`score` in a worker process, which loads the model once: exact and nll (candidates, contexts, questions)."""
     with _one_at_a_time:  # threads of one process share the model
-        lm = _loaded(*load)
+        lm = _load_once(**load)
         if (own := lm.fingerprint) != fingerprint:
             raise ValueError(
                 f"this worker's {lm.name} has fingerprint {own}, the search's {fingerprint}; give all "
@@ -260,5 +254,5 @@ _one_at_a_time = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, dtype: str, device: str) -> LM:
+def _load_once(name: str, dtype: str, device: str) -> LM:
     return load_lm(name, dtype=dtype, device=device)

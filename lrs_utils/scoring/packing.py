@@ -1,9 +1,9 @@
-"""A context with all its questions as one row of tokens, and how such rows are cut into blocks for `attention`.
+"""A context with all its questions as one row of tokens, and how `attention` cuts such rows into blocks.
 
 The context comes first, then a branch for each question, without padding. A branch goes on where the context ends and
 sees only the context and itself, so the context is read once. Several contexts, and several copies of them for
 candidates, may be laid end to end in one row: they don't see each other, and no bit of a result depends on what lies
-next to it (`rounding_alike`).
+next to it (`FixedRows`).
 """
 
 import math
@@ -42,9 +42,9 @@ class Packed:
     ids: Tensor  # (tokens,)
     positions: Tensor  # like ids
     branch: Tensor  # like ids: 0 in the context, 1 and on in the branches; a branch sees the context before it
-    judged: Tensor  # (answer tokens of all questions,): where in the row each is predicted
-    targets: Tensor  # like judged: the token that should come
-    owner: NDArray[np.int64]  # like judged: its question
+    predicted_at: Tensor  # (answer tokens of all questions,): where in the row each is predicted
+    targets: Tensor  # like predicted_at: the token that should come
+    owner: NDArray[np.int64]  # like predicted_at: its question
 
     @property
     def longest(self) -> int:
@@ -84,25 +84,26 @@ def pack(lm: LM, probe: Probe, where: str) -> Packed:
     # the context's own tokens, whatever is asked: their number decides how they are rounded
     ids = lm.tokenizer(probe.context)["input_ids"] or [0]
     positions, branch = list(range(len(ids))), [0] * len(ids)
-    context, judged, targets, owner = ids.copy(), list[int](), list[int](), list[int]()
+    context, predicted_at, targets, owner = ids.copy(), list[int](), list[int](), list[int]()
     for q, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
         n = shared_prefix([context, prompt])  # its last token may merge with the question's first
-        judged += range(len(ids) + len(prompt) - n - 1, len(ids) + len(whole) - n - 1)
+        predicted_at += range(len(ids) + len(prompt) - n - 1, len(ids) + len(whole) - n - 1)
         targets += whole[len(prompt) :]
         owner += [q] * (len(whole) - len(prompt))
         ids += whole[n:-1]
         positions += range(n, len(whole) - 1)
         branch += [q + 1] * (len(whole) - 1 - n)
     tensor = torch.tensor
-    return Packed(tensor(ids), tensor(positions), tensor(branch), tensor(judged), tensor(targets), np.array(owner))
+    return Packed(
+        tensor(ids), tensor(positions), tensor(branch), tensor(predicted_at), tensor(targets), np.array(owner)
+    )
 
 
-def text_row(ids: Tensor, n_judged: int) -> Packed:
-    """The tokens of a text, of which the last `n_judged` are to be predicted."""
-    n = len(ids) - 1
-    positions, targets = torch.arange(n), ids[-n_judged:]
-    owner = np.zeros(n_judged, np.int64)
-    return Packed(ids[:-1], positions, torch.zeros_like(positions), positions[-n_judged:], targets, owner)
+def pack_text(ids: Tensor, n_predicted: int) -> Packed:
+    """The tokens of a text, of which the last `n_predicted` are to be predicted, as one answer."""
+    positions, owner = torch.arange(len(ids) - 1), np.zeros(n_predicted, np.int64)
+    branch, predicted_at = torch.zeros_like(positions), positions[-n_predicted:]
+    return Packed(ids[:-1], positions, branch, predicted_at, ids[-n_predicted:], owner)
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -119,27 +120,22 @@ class Block:
     seen: int  # end of the columns that they see before their own
     rows: slice  # in the layout; also their own columns
     bias: Tensor  # 0 or -inf, (rows, last columns): nothing is hidden in the columns before
-    apart: bool  # a branch: its own columns don't follow those before
+    is_branch: bool  # if so, its own columns don't follow those that it sees before
 
 
 class Layout:
     """Packed probes laid end to end, in the form that attention needs."""
 
     def __init__(self, packs: Sequence[Packed], device: torch.device) -> None:
-        starts = [0, *accumulate(len(p.ids) for p in packs)]
-        self.length = starts[-1]
-        self.ids, self.positions, self.targets = (
-            torch.cat([getattr(p, name) for p in packs]).to(device) for name in ("ids", "positions", "targets")
-        )
-        self.judged = torch.cat([p.judged + start for p, start in zip(packs, starts, strict=False)]).to(device)
-        n_asked = [int(p.owner.max()) + 1 for p in packs]
-        self.owner = np.concatenate(
-            [p.owner + before for p, before in zip(packs, accumulate(n_asked, initial=0), strict=False)]
-        )
-        self.contexts = [
-            slice(start, start + int((p.branch == 0).sum())) for p, start in zip(packs, starts, strict=False)
-        ]
-        self._packs, self._starts, self.longest = packs, starts, max(p.longest for p in packs)
+        *starts, self.length = accumulate((len(p.ids) for p in packs), initial=0)
+        *owners, _ = accumulate((int(p.owner.max()) + 1 for p in packs), initial=0)  # questions before a probe's own
+        self._packs = list(zip(packs, starts, strict=True))
+        self.ids = torch.cat([p.ids for p in packs]).to(device)
+        self.positions = torch.cat([p.positions for p in packs]).to(device)
+        self.targets = torch.cat([p.targets for p in packs]).to(device)
+        self.predicted_at = torch.cat([p.predicted_at + start for p, start in self._packs]).to(device)
+        self.owner = np.concatenate([p.owner + first for p, first in zip(packs, owners, strict=True)])
+        self.contexts = [slice(start, start + int((p.branch == 0).sum())) for p, start in self._packs]
         self._blocks: dict[tuple[Any, ...], list[Block]] = {}
         self._scratch = torch.empty(0)
 
@@ -149,9 +145,9 @@ class Layout:
         key = (group, heads, context, window, like.device, like.dtype)
         if key not in self._blocks:
             self._blocks[key] = [
-                Block(start + first, start + seen, slice(start + rows.start, start + rows.stop), bias, apart)
-                for pack, start in zip(self._packs, self._starts, strict=False)
-                for first, seen, rows, bias, apart in _blocks_of(pack, group, heads, context, window, like)
+                block
+                for packed, start in self._packs
+                for block in _cut(packed, start, group, heads, context, window, like)
             ]
         return self._blocks[key]
 
@@ -164,33 +160,39 @@ class Layout:
         return self._scratch[:size].view(2, *shape)
 
 
-def _blocks_of(
-    pack: Packed, group: int, heads: int, context: bool, window: int | None, like: Tensor
-) -> Iterator[tuple[int, int, slice, Tensor, bool]]:
-    n, *ends = pack.branch.bincount().cumsum(0).tolist()  # of the context and of each branch
+def _cut(
+    packed: Packed, start: int, group: int, heads: int, context: bool, window: int | None, like: Tensor
+) -> Iterator[Block]:
+    """Blocks of a probe that begins at `start` of the layout; `Layout.blocks` has the other arguments."""
+    n, *ends = packed.branch.bincount().cumsum(0).tolist()  # of the context and of each branch
     most_bytes = _BLOCK_BYTES // (2 * like.element_size() * n * heads * group)
     most_rows = max(1, min(_BLOCK_ROWS.get(like.device.type, 8192) // group, most_bytes))
     cuts = [*range(0, n, most_rows)] if context else []
     for a, b in pairwise([*cuts, n, *ends]):
-        seen = int(pack.positions[a])
+        seen = int(packed.positions[a])  # a branch may leave the context before its end
         first = 0 if window is None else max(0, seen - window + 1)
         # without a window only their own columns can be hidden from these rows
         columns = torch.cat([torch.arange(first if window is not None else seen, seen), torch.arange(a, b)])
-        distance = pack.positions[a:b, None] - pack.positions[columns]
+        distance = packed.positions[a:b, None] - packed.positions[columns]
         visible = (distance >= 0) & (distance < (window or math.inf))
         bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
-        yield first, seen, slice(a, b), bias.to(like), a >= n
+        yield Block(start + first, start + seen, slice(start + a, start + b), bias.to(like), a >= n)
 
 
-class _RoundingAlike(TorchFunctionMode):
-    """Makes every projection multiply `PRODUCT_ROWS` tokens at a time, the last block padded with zeros."""
+class FixedRows(TorchFunctionMode):
+    """While this is entered, a token's numbers are the same to the last bit whatever tokens lie next to it.
+
+    How a matrix product rounds a row depends on how many rows there are, since kernels differ by shape. So every
+    projection multiplies `PRODUCT_ROWS` tokens at a time, the last block padded with zeros, and attention
+    (`attention`) gets a context or one branch at a time.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.linear:
-            return self._by_rows(*args, **(kwargs or {}))
+            return self._project(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
-    def _by_rows(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _project(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows, most = values.reshape(-1, values.shape[-1]), PRODUCT_ROWS.get(values.device.type, 2048)
         out = rows.new_empty(-(-len(rows) // most) * most, len(weight))
         for first in range(0, len(out), most):
@@ -202,12 +204,3 @@ class _RoundingAlike(TorchFunctionMode):
             else:
                 torch.addmm(bias, some, weight.mT, out=out[first : first + most])
         return out[: len(rows)].view(*values.shape[:-1], len(weight))
-
-
-def rounding_alike() -> TorchFunctionMode:
-    """While this is entered, a token's numbers are the same to the last bit whatever tokens lie next to it.
-
-    How a matrix product rounds a row depends on how many rows there are, since kernels differ by shape. So projections
-    get the same number of rows each time, and `attention` gets a context or one branch at a time.
-    """
-    return _RoundingAlike()

@@ -16,7 +16,7 @@ from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
-from lrs_utils.scoring.packing import Layout, text_row
+from lrs_utils.scoring.packing import Layout, pack_text
 
 
 @torch.inference_mode()
@@ -60,7 +60,7 @@ def window_nll(
     """
     scaling = LayerScaling.identity(lm.num_layers) if scaling is None else scaling
     whole("stride", stride, least=1)
-    ids = _tokens(lm.tokenizer, text)
+    ids = _tokenize(lm.tokenizer, text)
     limit = lm.window * scaling.reach
     for length in lengths:
         if not stride < length <= len(ids):
@@ -86,21 +86,21 @@ def window_nll(
     settings = scaling.settings
     with (
         PackedForward(lm, scaled=not scaling.is_identity) as forward,
-        Progress(nll.size, "perplexity").entered() as bar,
+        Progress(nll.size, "perplexity").shown() as bar,
     ):
         for row, length in enumerate(lengths):
             for column, end in enumerate(ends):
-                layout = Layout([text_row(ids[end - length : end], stride)], lm.model.device)
+                layout = Layout([pack_text(ids[end - length : end], stride)], lm.model.device)
                 hidden = forward.embed(layout)
                 for layer, setting in enumerate(settings):
                     hidden = forward.run(layer, hidden, [setting])
-                logits = forward.logits(hidden[0, layout.judged])
+                logits = forward.logits(hidden[0, layout.predicted_at])
                 nll[row, column] = F.cross_entropy(logits, layout.targets).item()
                 bar.advance(1)
     return nll
 
 
 @lru_cache(maxsize=16)
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """A book takes longer to split than a small model to read a window of it."""
     return torch.tensor(tokenizer(text)["input_ids"])

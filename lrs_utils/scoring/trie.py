@@ -34,27 +34,27 @@ class Shared:
     """
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
-        self._room = max_bytes
+        self._bytes_left = max_bytes
         self._packs: dict[tuple[str, ...], Packed] = {}
         self._outputs: dict[tuple[str, ...], tuple[int, Tensor]] = {}
 
-    def packed(self, lm: LM, probe: Probe, where: str) -> Packed:
-        """The probe's tokens."""
+    def pack(self, lm: LM, probe: Probe, where: str) -> Packed:
+        """The probe's tokens, as `packing.pack` makes them."""
         if probe.keys not in self._packs:
             self._packs[probe.keys] = pack(lm, probe, where)
         return self._packs[probe.keys]
 
-    def after(self, contexts: tuple[str, ...], at_most: int) -> tuple[int, Tensor | None]:
-        """How many unscaled layers a batch has behind it, and their output."""
+    def find_output(self, contexts: tuple[str, ...], at_most: int) -> tuple[int, Tensor | None]:
+        """Through how many unscaled layers, at most `at_most`, a batch has gone before, and their output."""
         layers, output = self._outputs.get(contexts, (0, None))
         return (layers, output) if layers <= at_most else (0, None)
 
-    def keep(self, contexts: tuple[str, ...], layers: int, output: Tensor) -> None:
+    def keep_output(self, contexts: tuple[str, ...], layers: int, output: Tensor) -> None:
         """Keep the output of a batch's first layers if there is room."""
         _, before = self._outputs.pop(contexts, (0, None))
-        self._room += before.nbytes if before is not None else 0
-        if output.nbytes <= self._room:
-            self._room -= output.nbytes
+        self._bytes_left += before.nbytes if before is not None else 0
+        if output.nbytes <= self._bytes_left:
+            self._bytes_left -= output.nbytes
             self._outputs[contexts] = (layers, output)
 
 
@@ -65,8 +65,8 @@ class Batch:
     contexts: list[int]
     candidates: list[int]
     asked: list[int]
+    probes: list[Probe]  # each context with the questions that are asked
     packs: list[Packed]
-    keys: list[tuple[str, ...]]  # of the asked questions of each context
 
     @property
     def n_tokens(self) -> int:
@@ -82,12 +82,12 @@ def next_batch(lm: LM, suite: Suite, missing: NDArray[np.bool_], room: int, shar
     batch = Batch([], candidates, questions, [], [])
     for p in np.flatnonzero((alike == alike[:, [first]]).all(axis=0)).tolist():
         probe = replace(suite.probes[p], questions=tuple(suite.probes[p].questions[q] for q in questions))
-        packed = shared.packed(lm, probe, f"context {p} of {suite.name}")
+        packed = shared.pack(lm, probe, f"context {p} of {suite.name}")
         if batch.packs and batch.n_tokens + len(packed.ids) > room:
             break
         batch.contexts.append(p)
+        batch.probes.append(probe)
         batch.packs.append(packed)
-        batch.keys.append(probe.keys)
     return batch
 
 
@@ -129,7 +129,7 @@ class TrieWalk:
     """The trie of candidates over one batch of contexts, walked depth first.
 
     The model's own forward embeds the tokens and judges what the last layer puts out; in between its layers are called
-    from here, once for every branch of the trie, up to `width` branches at a time, laid end to end.
+    from here, once for every branch of the trie, for several branches laid end to end.
     """
 
     def __init__(
@@ -146,25 +146,29 @@ class TrieWalk:
         self._layout = Layout(batch.packs, lm.model.device)
         self.layers_run = 0
 
-    def outcomes(self, width: int) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
+    def measure(self, width: int) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
         """Each candidate with its verdicts and nll, shape (contexts, questions), in the order of the walk."""
         group = sorted(self._batch.candidates, key=self._paths.__getitem__)
         unscaled = [all(self._paths[c][layer] == UNSCALED for c in group) for layer in range(self._lm.num_layers)]
-        contexts = sum(self._batch.keys, (self._fingerprint,))
+        contexts = (self._fingerprint, *(key for probe in self._batch.probes for key in probe.keys))
         n_first = [*unscaled, False].index(False)
-        depth, hidden = self._shared.after(contexts, n_first)
-        embedded = self._forward.embed(self._layout)
-        hidden = embedded if hidden is None else hidden
+        depth, kept = self._shared.find_output(contexts, n_first)
+        embedded = self._forward.embed(self._layout)  # in any case: it notes what the layers are given
+        hidden = embedded if kept is None else kept
         for layer in range(depth, n_first):
-            hidden = self._layer(layer, hidden, [(0, UNSCALED)])
+            hidden = self._run_layer(layer, hidden, [(0, UNSCALED)])
         if depth < n_first:
-            self._shared.keep(contexts, n_first, hidden)
+            self._shared.keep_output(contexts, n_first, hidden)
         yield from self._descend(n_first, hidden, [group], width)
 
     def _descend(
         self, layer: int, hidden: Tensor, groups: list[list[int]], width: int
     ) -> Iterator[tuple[int, NDArray[np.bool_], NDArray[np.float64]]]:
-        """From the input of a layer, a copy of the batch for each group of candidates that agree so far."""
+        """From the input of a layer, a copy of the batch for each group of candidates that agree so far.
+
+        A loop as long as all branches go on together, so that no layer's input is kept longer than needed; it calls
+        itself only where there are more branches than `width`.
+        """
         while layer < self._lm.num_layers:
             children = [
                 (copy, setting, list(members))
@@ -173,18 +177,18 @@ class TrieWalk:
             ]
             for first in range(0, len(children), width):
                 some = children[first : first + width]
-                output = self._layer(layer, hidden, [(copy, setting) for copy, setting, _ in some])
+                output = self._run_layer(layer, hidden, [(copy, setting) for copy, setting, _ in some])
                 groups = [members for *_, members in some]
                 if len(children) > width:
                     yield from self._descend(layer + 1, output, groups, width)
             if len(children) > width:
                 return
             layer, hidden = layer + 1, output
-        for group, *rows in zip(groups, *self._verdicts(hidden), strict=True):
+        for group, *rows in zip(groups, *self._judge(hidden), strict=True):
             for c in group:
                 yield c, *rows
 
-    def _layer(self, index: int, hidden: Tensor, children: list[tuple[int, Setting]]) -> Tensor:
+    def _run_layer(self, index: int, hidden: Tensor, children: list[tuple[int, Setting]]) -> Tensor:
         """One layer over the copies that `children` name, each with its setting."""
         n = self._layout.length
         if [copy for copy, _ in children] != list(range(hidden.shape[1] // n)):
@@ -192,9 +196,9 @@ class TrieWalk:
         self.layers_run += len(children) * len(self._batch.packs)
         return self._forward.run(index, hidden, [setting for _, setting in children])
 
-    def _verdicts(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    def _judge(self, hidden: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """Verdicts and nll, (copies, contexts, questions), by the model's own last norm and head."""
-        at = self._layout.judged.to(hidden.device)
+        at = self._layout.predicted_at.to(hidden.device)
         states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, at].flatten(0, 1)
         targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
         vocabulary = self._lm.model.config.get_text_config().vocab_size
@@ -208,8 +212,8 @@ class TrieWalk:
         hit, loss = (torch.cat(parts).double().cpu().numpy() for parts in (hits, losses))
         # summed on the CPU: a GPU adds in any order, and nll decides between candidates
         shape = (-1, len(self._batch.packs), len(self._batch.asked))
-        owner = self._layout.owner
-        owner = np.add.outer(np.arange(len(targets) // len(owner)) * shape[1] * shape[2], owner).ravel()
+        copies = np.arange(hidden.shape[1] // self._layout.length)
+        owner = np.add.outer(copies * shape[1] * shape[2], self._layout.owner).ravel()  # numbered on, copy after copy
         n_tokens = np.bincount(owner)
         nll = (np.bincount(owner, loss) / n_tokens).astype(np.float32).astype(float)  # as much as an export keeps
         return (np.bincount(owner, hit) == n_tokens).reshape(shape), nll.reshape(shape)

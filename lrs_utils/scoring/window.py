@@ -6,8 +6,11 @@ from lrs_utils.tasks import Probe
 
 
 def context_tokens(lm: LM, probe: Probe) -> int:
-    """What "dynamic_ntk" stretches for: the context, whatever is asked about it, so that a question's outcome doesn't
-    depend on which others are asked with it. A text that goes on, which nothing asks for, is read to its end."""
+    """Tokens that "dynamic_ntk" stretches for: those of the context, whatever is asked about it.
+
+    So a question's outcome doesn't depend on which others are asked with it. A text that only goes on, without a
+    question, counts with its continuation.
+    """
     [first, *others] = probe.questions
     continued = "" if first.prompt or others else first.answer
     return len(lm.tokenizer(probe.context + continued)["input_ids"])

@@ -150,7 +150,7 @@ class GradientSearch:
             return [self._start]
         left = min(self._every, self._steps - len(self.nll))
         bar = self._progress or Progress(left * len(self._suites) * PRICE, "gradient")
-        with bar.entered():
+        with bar.shown():
             for _ in range(left):
                 self._step(bar)
         return [self.scaling] if left else []

@@ -92,7 +92,7 @@ def search(
     _refuse_bad(suites, budget, ledger, objective)
     result, shared, generation = SearchResult[Candidate](), Shared(), 0
     answers_each = sum(int(s.asked.sum()) for s in suites)
-    with Progress(budget * sum(len(s.probes) for s in suites), "search").entered() as bar:
+    with Progress(budget * sum(len(s.probes) for s in suites), "search").shown() as bar:
         while len(result.candidates) < budget and (asked := searcher.ask()):
             asked = asked[: budget - len(result.candidates)]
             outcomes = [

@@ -101,7 +101,8 @@ def _differentiate(
     now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
-    with torch.enable_grad(), PackedForward(lm, length=length) as forward:
+    with torch.enable_grad(), PackedForward(lm) as forward:
+        forward.stretch_for(length)
         states = _run_layers(lm, forward, layout, scaling, now, numbers)
         nll, by_states = _average_nll(forward, layout, packed.owner, states.detach())
         gradient = torch.cat(torch.autograd.grad(states, list(changes.values()), by_states))
@@ -148,7 +149,7 @@ def _average_nll(
     owner = torch.as_tensor(owners, device=states.device)
     n_tokens = owner.bincount()
     share = 1 / (n_tokens[owner] * len(n_tokens))  # of a token in the mean
-    at_tokens, gradient, losses = layout.judged.to(states.device), torch.zeros_like(states), []
+    at_tokens, gradient, losses = layout.predicted_at.to(states.device), torch.zeros_like(states), []
     pieces = (torch.split(x, 256) for x in (at_tokens, layout.targets.to(states.device), share))
     for at, targets, of in zip(*pieces, strict=True):
         some = states[0, at].requires_grad_()

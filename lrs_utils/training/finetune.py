@@ -153,7 +153,7 @@ def train(
     losses = _resume(folder / "checkpoint.pt", weights, adam, schedule)
     bar = Progress(training.steps, "training")
     scaled = nullcontext() if scaling is None else scaling.applied_to(bare)
-    with bar.entered(), torch.random.fork_rng(devices=own), scaled:
+    with bar.shown(), torch.random.fork_rng(devices=own), scaled:
         bar.advance(len(losses))
         for step in range(len(losses), training.steps):
             torch.manual_seed(training.seed * 1_000_003 + step)  # dropout, where a model has it
