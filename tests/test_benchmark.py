@@ -6,11 +6,14 @@ from benchmark import (
     GENERATE,
     GENERATION,
     GENERATION_ALONE,
+    PRICED,
     THREE,
     Recorded,
     generate_work,
     measured,
     operations,
+    price_table,
+    price_works,
     profile,
     recorded_search,
     score_work,
@@ -125,3 +128,17 @@ def test_a_search_is_replayed_from_its_outcomes(tiny, tmp_path):
     assert (recorded.answers, recorded.contexts) == (3, 9)
     assert recorded.result.candidates == plain.candidates
     assert recorded.result.recomputed == 0
+
+
+def test_a_gradient_is_priced_in_contexts_scored(tiny, monkeypatch):
+    monkeypatch.setattr("benchmark.PRICED", ((4, "short"), (2, "uuid")))
+    plan = [
+        [work for pair in ((4, "short"), (2, "uuid")) for work in price_works(tiny, *pair, seed)] for seed in (0, 1)
+    ]
+    raw = measured(tiny, plan)
+    table = price_table(raw).set_index(["keys", "numbers of"])
+    seconds = {line: rows["seconds"].to_numpy() for line, rows in raw.groupby("line")}
+    ratios = seconds["price of short: heads"] / seconds["price of short: score"]
+    assert table.loc[("short", "heads"), ["least", "most"]].tolist() == [ratios.min(), ratios.max()]
+    assert len(table) == 4
+    assert {keys for _, keys in PRICED} == {"short", "uuid"}

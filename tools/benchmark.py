@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from result_tables import RESULTS
+from result_tables import RESULTS, write_table
 from torch import Tensor
 
 from lrs_utils import tasks
@@ -29,17 +30,22 @@ from lrs_utils.models.load import LM, load_lm
 from lrs_utils.notebook import ROOT, parameters_of, versions
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Setting, reachable_decoder
+from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import score
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.engine import SearchResult, search
 from lrs_utils.searchers.genetic import GeneticSearch
+from lrs_utils.searchers.gradient import nll_gradient
 from lrs_utils.searchers.objectives import Objective, utilisation_over_depths_then_nll, utilisation_then_nll
 from lrs_utils.tasks import Probe, Suite
 
 GENERATE, ALONE, THREE, ALL = "generate", "score, one question", "score, three positions", "score, all positions"
 GENERATION, GENERATION_ALONE = "generation of the search", "generation, each candidate alone"
+# Contexts that gradients are priced on (pairs, keys), and what they are taken by: numbers of layers, and of heads.
+PRICED = ((40, "short"), (12, "uuid"), (20, "uuid"))
+DIFFERENTIATED = {"layers": ("factors", "temperatures"), "heads": ("head_temperatures", "head_gains")}
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,40 @@ def score_work(lm: LM, line: str, suite: Suite, scalings: Sequence[LayerScaling]
     answers = len(scalings) * int(suite.asked.sum())
     work = len(scalings) * (one * share + judged)
     return Work(line, suite.probes[0].n_items, answers, work, run, len(scalings) * len(suite.probes), 1 - share)
+
+
+def price_works(lm: LM, pairs: int, keys: str, seed: int) -> Iterator[Work]:
+    """One context scored, and its gradient by numbers of layers and of heads: about what a step of a search costs."""
+    suite = tasks.kv_retrieval(pairs, 1, seed, keys=keys)
+    layers = LayerScaling.uniform(1.02, lm.num_layers, "ntk", temperatures=(1.02,) * lm.num_layers)
+    heads = np.full((lm.num_layers, lm.model.config.get_text_config().num_attention_heads), 1.02)
+    of = {"layers": layers, "heads": HeadScaling(heads, heads)}
+    works: dict[str, Callable[[], object]] = {"score": partial(score, lm, suite, [of["heads"]])}
+    for what, numbers in DIFFERENTIATED.items():
+        works[what] = partial(nll_gradient, lm, suite.probes[0], of[what], numbers)
+    for what, work in works.items():
+
+        def run(bar: Progress, work: Callable[[], object] = work) -> None:
+            with torch.inference_mode(False):
+                work()
+            bar.advance(1)
+
+        yield Work(f"price of {keys}: {what}", pairs, pairs, 0.0, run, 1)
+
+
+def price_table(raw: pd.DataFrame) -> pd.DataFrame:
+    """What a gradient costs, in contexts scored: median, least and most of the ratios within a repetition."""
+    rows = []
+    for pairs, keys in PRICED:
+        times = raw[raw["pairs"] == pairs].pivot(index="repetition", columns="line", values="seconds")
+        scored = times[f"price of {keys}: score"]
+        for what in DIFFERENTIATED:
+            ratio = times[f"price of {keys}: {what}"] / scored
+            rows.append(
+                {"pairs": pairs, "keys": keys, "numbers of": what, "score, seconds": scored.median()}
+                | {"price": ratio.median(), "least": ratio.min(), "most": ratio.max(), "repetitions": len(ratio)}
+            )
+    return pd.DataFrame(rows)
 
 
 def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...]]:
@@ -277,10 +317,14 @@ def main() -> None:
                     yield score_work(lm, line, few, [scaling])
                 yield score_work(lm, GENERATION, suite, generation)
                 yield score_work(lm, GENERATION_ALONE, suite, generation, together=False)
+        for n, keys in PRICED:
+            yield from price_works(lm, n, keys, 21_000 + repetition)
 
     _warm_up(lm, scaling)
     plan = [list(works(repetition)) for repetition in range(arguments.repetitions)]
     raw = measured(lm, plan)
+    is_price = raw["line"].str.startswith("price of ")
+    raw, prices = raw[~is_price], price_table(raw[is_price])
     table = summary(with_searches(raw, recorded))
     peaks = raw[raw["repetition"] == 0].groupby("pairs")["peak"].max()  # of the process so far, fewest pairs first
     provenance = f"make bench | {versions()} | {_machine(lm)} | {lm!r}"
@@ -288,7 +332,8 @@ def main() -> None:
     facts += [f"peak memory up to {n} pairs: {gib:.2f} GiB" for n, gib in peaks.items()]
     facts += [profile(lm, work) for work in plan[0] if work.pairs == pairs and work.line in (GENERATE, ALL)]
     report = "\n".join([provenance, *facts, *map(str, recorded)])
-    print(table.round(3).to_string(index=False), report, sep="\n")
+    print(table.round(3).to_string(index=False), report, prices.round(2).to_string(index=False), sep="\n")
+    write_table("gradient_prices", prices, f"benchmark.py | {_machine(lm)} | {lm!r}", "%.3f")
     plots.use_style()
     comments = "".join(f"# {line}\n" for line in report.split("\n"))
     write_whole(RESULTS / "benchmark.csv", comments + table.to_csv(index=False, float_format="%.4g"))
