@@ -88,6 +88,20 @@ class _Part(Progress):
         self._whole.advance(round(units * self._weight), note)
 
 
+class SilentProgress(Progress):
+    """Progress of which nothing is shown: of a part that another bar or a status line stands for."""
+
+    def __init__(self) -> None:
+        super().__init__(0, "")
+
+    @contextmanager
+    def shown(self) -> Iterator[Progress]:
+        yield self
+
+    def advance(self, units: int, note: str | None = None) -> None:
+        self.done += units
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Let transformers load and save without bars of its own."""

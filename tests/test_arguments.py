@@ -10,6 +10,8 @@ from lrs_utils import (
     GradientSearch,
     LayerScaling,
     RandomSearch,
+    RefinementSearch,
+    TpeSearch,
     find_scaling,
     load_factors,
     load_lm,
@@ -21,6 +23,7 @@ from lrs_utils.arguments import number, whole
 from lrs_utils.scoring.perplexity import window_nll
 from lrs_utils.searchers.objectives import utilisation_then_nll
 
+TASK = partial(tasks.kv_retrieval, 3, keys="short")
 SUITE = tasks.kv_retrieval(3, 1, keys="short")
 random = partial(RandomSearch, 4)
 genetic = partial(GeneticSearch, 4)
@@ -34,6 +37,11 @@ def nan(outcomes):
 @pytest.mark.parametrize(
     ("use", "message"),
     [
+        (lambda _: random(batch=0), "batch is 0; it must be at least 1"),
+        (lambda _: TpeSearch(4, batch=0), "batch is 0; it must be at least 1"),
+        (lambda _: RefinementSearch(LayerScaling((1.0, 1.2)), moves=0), "moves is 0; it must be at least 1"),
+        (lambda _: RefinementSearch(LayerScaling((1.0, 1.2)), step=0), "step is 0; it must be above 0"),
+        (lambda lm: find_scaling(lm, TASK, rate=0, contexts=(2, 2, 2)), "rate is 0; it must be above 0"),
         (lambda _: random(step=0), "step is 0; it must be at least"),
         (lambda _: random(step=-0.1), "step is -0.1; it must be at least"),
         (lambda _: random(step=5), "step is 5; it must be at least .* at most 1"),

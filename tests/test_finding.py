@@ -25,7 +25,7 @@ from lrs_utils.finding.found import FIFTHS
 from lrs_utils.finding.parts import LEAST_CONTEXTS, Part, divide
 from lrs_utils.finding.plan import NOTES
 from lrs_utils.finding.stages import Run
-from lrs_utils.progress import Progress
+from lrs_utils.progress import SilentProgress
 from lrs_utils.scaling.files import read_factors
 from lrs_utils.searchers import descent
 from lrs_utils.searchers.learned import SPACES, numbers_of
@@ -382,7 +382,7 @@ def choosing(tiny):
             patched.setattr(running, "score", scored)
             patched.setattr(free_text, "continue_freely", continued)
             parts = {"validation": Part([task], text, np.array(["book", "play"] * 4))}
-            run = Run(tiny, parts, {"max_perplexity_rise": 0.01, "seed": 0}, None, Progress(0, ""))
+            run = Run(tiny, parts, {"max_perplexity_rise": 0.01, "seed": 0}, None, SilentProgress())
             run.measure_unscaled()
             best, table = run.choose([stop(number) for number in range(n_stops)])
         return None if best.is_identity else point(best), table, asked

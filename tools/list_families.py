@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lrs_utils import HeadScaling, LayerScaling, score, tasks
 from lrs_utils.models.load import LM
 from lrs_utils.models.tiny import character_tokenizer
-from lrs_utils.progress import Progress
+from lrs_utils.progress import Progress, SilentProgress
 
 TABLE = RESULTS / "families.csv"
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -143,7 +143,7 @@ def _head_gains(lm: LM) -> bool:
 def _score(lm: LM) -> bool:
     suite = tasks.kv_retrieval(3, 1, keys="short")
     [probe] = suite.probes
-    found = score(lm, suite, [LayerScaling.identity(lm.num_layers)], progress=Progress(0, "")).nll[0, 0]
+    found = score(lm, suite, [LayerScaling.identity(lm.num_layers)], progress=SilentProgress()).nll[0, 0]
     for question, nll in zip(probe.questions, found, strict=True):
         prompt = probe.context + question.prompt + question.answer_prefix
         ids = torch.tensor(lm.tokenizer(prompt + question.answer)["input_ids"])

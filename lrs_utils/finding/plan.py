@@ -15,7 +15,7 @@ import numpy as np
 
 from lrs_utils.finding.parts import LEAST_CONTEXTS, Part
 from lrs_utils.models.load import LM
-from lrs_utils.progress import Progress
+from lrs_utils.progress import SilentProgress
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import score
@@ -49,7 +49,7 @@ def measure_seconds_per_token(lm: LM, suite: Suite) -> float:
     """What a token takes here, from one context that is scored without the ledger."""
     one = replace(suite, probes=suite.probes[:1])
     started = time.perf_counter()
-    score(lm, one, [LayerScaling.identity(lm.num_layers)], progress=Progress(0, ""))
+    score(lm, one, [LayerScaling.identity(lm.num_layers)], progress=SilentProgress())
     return (time.perf_counter() - started) / count_context_tokens(lm, one)
 
 

@@ -135,7 +135,7 @@ def find_scaling(
     )
     about: dict[str, Any] = {  # the ledger finds a run's notes by it, so its order matters
         "space": vary, "seed": seed, "max_perplexity_rise": max_perplexity_rise, "text_weight": text_weight,
-        "questions": questions, **asdict(plan), "rate": rate or _RATES.get(vary, 0.05),
+        "questions": questions, **asdict(plan), "rate": _RATES.get(vary, 0.05) if rate is None else rate,
         "valid for": _measure_lengths(lm, parts["test"].tasks), "texts": list(texts),
     }  # fmt: skip
     bar = Progress(n_tokens, "finding")

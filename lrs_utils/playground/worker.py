@@ -15,7 +15,7 @@ from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 from lrs_utils.playground.measured import MeasuredScaling, read_measured
 from lrs_utils.playground.prediction import Surrogate, fit_surrogate
-from lrs_utils.progress import Progress
+from lrs_utils.progress import SilentProgress
 from lrs_utils.scaling.base import reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
@@ -157,7 +157,7 @@ class Measurer:
                     [measured],
                     ledger=ledger,
                     shared=self._shared_outputs,
-                    progress=_HiddenProgress(1, ""),
+                    progress=SilentProgress(),
                 )
                 n_answered += outcomes.recomputed
                 seconds_left = (time.monotonic() - began) / n_done * (len(unmeasured) - n_done)
@@ -201,17 +201,6 @@ def describe_error(error: BaseException) -> str:
 
 class _Cancelled(Exception):
     """Raised inside the model to end a measurement."""
-
-
-class _HiddenProgress(Progress):
-    """Progress that the status line shows instead."""
-
-    @contextmanager
-    def shown(self) -> Iterator[Progress]:
-        yield self
-
-    def advance(self, units: int, note: str | None = None) -> None:
-        pass
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lrs_utils.arguments import instance, whole
 from lrs_utils.models.load import LM, load_lm
-from lrs_utils.progress import Progress
+from lrs_utils.progress import Progress, SilentProgress
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
@@ -246,7 +246,7 @@ def score_elsewhere(
                 f"this worker's {lm.name} has fingerprint {own}, the search's {fingerprint}; give all "
                 "machines the same weights and tokenizer"
             )
-        outcomes = score(lm, suite, scalings, progress=Progress(0, ""), **options)
+        outcomes = score(lm, suite, scalings, progress=SilentProgress(), **options)
     return outcomes.exact, outcomes.nll, outcomes.layers_run
 
 

@@ -145,7 +145,7 @@ class RandomSearch:
     """
 
     def __init__(self, num_layers: int, *, batch: int = 20, seed: int = 0, **space: Any) -> None:
-        self.space, self._batch = Space(num_layers, **space), batch
+        self.space, self._batch = Space(num_layers, **space), whole("batch", batch, least=1)
         self._rng = np.random.default_rng(seed)
         self._seen: set[LayerScaling] = set()
 

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 
+from lrs_utils.arguments import number, whole
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.searchers.curves import Fitness, varied
 
@@ -31,6 +32,8 @@ class RefinementSearch:
     def __init__(
         self, start: LayerScaling, *, step: float = 0.05, vary: str = "factors", moves: int = 10, seed: int = 0
     ) -> None:
+        number("step", step, above=0)
+        whole("moves", moves, least=1)
         self._moves = [*product(varied(vary), range(len(start.factors)), (1 + step, 1 / (1 + step)))]
         self._rng, self._at_once, self._best = np.random.default_rng(seed), moves, start
         self._together: LayerScaling | None = None

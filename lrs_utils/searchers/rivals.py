@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lrs_utils.arguments import whole
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.searchers.curves import Fitness, Space
 
@@ -89,7 +90,7 @@ class TpeSearch:
         import optuna  # the extra `rivals`
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.space, self._batch = Space(num_layers, **space), batch
+        self.space, self._batch = Space(num_layers, **space), whole("batch", batch, least=1)
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self._study = optuna.create_study(sampler=sampler, direction="maximize")
         names = [f"x{i}" for i in range(len(self.space.start_coordinates))]
