@@ -1,8 +1,8 @@
 """The gradient of a context's nll with respect to numbers of layers and heads.
 
 A factor enters a model through one layer's cos and sin, a head's numbers multiply its activations, so the nll of an
-answer can be differentiated in all of them at once, for about the cost of four forward passes (one to compute
-activations again instead of keeping them). Ours; the paper (2503.04355) searches without gradients.
+answer can be differentiated in all of them at once, for two to three times what scoring the context costs. Ours; the
+paper (2503.04355) searches without gradients.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, layers_of, 
 from lrs_utils.tasks import Probe
 
 _KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice
-PRICE = 4  # of a gradient, in answers scored: measured, see CHOICES.md
+PRICE = 4  # of a gradient, in answers scored, wherever methods are compared at the same budget (CHOICES.md)
 
 
 def nll_gradient(
