@@ -18,6 +18,7 @@ OLDEST := torch==2.9.0 transformers==5.20.0
 demo: texts
 	@mkdir -p build
 	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -f notebooks/profiles/demo/00.yaml
+	@$(BIN)/python tools/first_screen.py build/demo.ipynb
 	@$(BIN)/jupyter nbconvert --log-level WARN --to html build/demo.ipynb
 	@$(BIN)/python tools/reproduce.py build/demo.ipynb
 	@echo "page:        $(CURDIR)/build/demo.html"

@@ -26,7 +26,10 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from IPython.display import Image
+from matplotlib.figure import Figure
 
+from lrs_utils.analysis.pictures import as_image, write_svg
 from lrs_utils.models.download import cache_folder, write_whole
 from lrs_utils.progress import Progress
 from lrs_utils.scoring.ledger import Ledger
@@ -178,6 +181,20 @@ class Run:
         rows = pd.concat(parts).to_csv(index=False, float_format="%.6g")
         write_whole(path, f"# {about} | {self.provenance}\n{rows}")
         return pd.read_csv(path, skiprows=1)
+
+    def show(self, figure: Figure, alt: str, name: str | None = None) -> Image:
+        """A figure as a notebook shows it, with a text for readers who don't see it.
+
+        Parameters
+        ----------
+        alt : str
+            What the figure says, made from the numbers that it draws.
+        name : str, optional
+            It is also written as figures/<name>.svg, with that text in it.
+        """
+        if name is not None:
+            write_svg(figure, self.path(f"figures/{name}.svg"), alt)
+        return as_image(figure, alt)
 
     def find(self, relative: str) -> Path | None:
         """A result that another notebook writes: this run's own, else the repository's, else None."""

@@ -1,4 +1,4 @@
-"""The READMEs' tables, from data/results and the notebooks, and each notebook's first cell and badge, so that nothing
+"""The READMEs' tables, from data/results and the notebooks, and each notebook's first screen and badge, so that nothing
 is copied by hand: `python tools/readme.py`.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what it shows is a function here. The repository's
@@ -16,6 +16,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pandas as pd
+from first_screen import fill_first_screen
 
 from lrs_utils.finding.recipe import AUTO
 from lrs_utils.notebook import ROOT
@@ -317,6 +318,7 @@ if __name__ == "__main__":
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
         stamp(notebook, path.name, *address())
+        fill_first_screen(notebook)
         nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
     for path in READMES:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

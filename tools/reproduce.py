@@ -27,6 +27,7 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from first_screen import fill_first_screen
 from verify import compared
 
 from lrs_utils.models.download import write_whole
@@ -243,6 +244,10 @@ def _executed(
             last_line = time.monotonic()
             print(f"{path.stem}: {step[1]} {step[2]} %, {step[5]} left{step[6].rstrip()[:80]}", flush=True)
     failed = process.wait() != 0
+    if not failed:
+        notebook = nbformat.read(out, as_version=4)  # type: ignore[no-untyped-call]
+        fill_first_screen(notebook)
+        nbformat.write(notebook, out)  # type: ignore[no-untyped-call]
     running.discard(process)
     seconds = time.monotonic() - start
     killed = f"killed by signal {-process.returncode}" if process.returncode < 0 else last
