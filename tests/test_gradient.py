@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import fitting
+from test_packed import seen_densely
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import ExtendedScaling, GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
+from lrs_utils.scoring import attention
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers import descent, gradient
 from lrs_utils.searchers.gradient import nll_gradient
@@ -76,6 +79,22 @@ def test_the_gradient_by_numbers_of_heads_is_the_slope_of_what_score_measures(fa
     slopes = ((up - down) / (2 * h)).reshape(gradient.shape)
     np.testing.assert_allclose(gradient, slopes, atol=0.01 * np.abs(slopes).max() + 2e-4)
     assert np.abs(gradient).max() > 1e-3
+
+
+@pytest.mark.parametrize("numbers", [LAYER_NUMBERS, HEAD_NUMBERS])
+def test_the_gradient_is_that_of_dense_attention_by_autograd(lm, monkeypatch, numbers):
+    start, probe = fitting(lm, HEADS), SUITE.probes[0]
+    ours = nll_gradient(lm, probe, start, numbers)
+
+    def attend_densely(query, key, value, layout, window, scale):
+        seen = seen_densely([packed for packed, _ in layout._packs], 1, window)
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        return ((scale * query @ keys.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+
+    monkeypatch.setattr(attention._PackedAttention, "apply", attend_densely)
+    dense = nll_gradient(lm, probe, start, numbers)
+    assert ours[0] == pytest.approx(dense[0], rel=1e-5)
+    np.testing.assert_allclose(ours[1], dense[1], rtol=1e-4, atol=1e-4 * np.abs(dense[1]).max())
 
 
 def test_several_numbers_are_differentiated_at_once_as_each_alone(tiny):
