@@ -33,7 +33,7 @@ def repository(tmp_path, monkeypatch):
 
 def verified(tmp_path, results, nll_off=0.0, table_off=0.0):
     """A notebook that measures what isn't known and draws its table, and what comes of comparing it."""
-    run = Run("01_a", "cpu", {}, {}, False)
+    run = Run("01_a", "cpu", {}, {}, {}, False)
     known = run.ledger.find("model", "pi|1.0")
     for question in set(QUESTIONS) - set(known):
         i = QUESTIONS.index(question)
@@ -65,7 +65,7 @@ def test_pieces_that_take_too_long_are_not_measured_again(again, repository, tmp
         raise AssertionError
 
     pieces = {"a": lambda: pd.DataFrame({"piece": ["a", "a"], "value": [1.0, 2.0]}), "b": too_long}
-    Run("01_a", "cpu", {}, {}, False).table("decay", pieces, again=again, seed=0)
+    Run("01_a", "cpu", {}, {}, {}, False).table("decay", pieces, again=again, seed=0)
     [result] = compared(tmp_path / "run", repository, 3)
     assert (result.off, result.note) == ((0, "2 of 4 rows") if again else (0, ""))
 
