@@ -27,13 +27,12 @@ def draw_arrows(q: complex, k: complex, title: str, ax: Axes) -> None:
     """Draw query and key as arrows of length 1 and write the angle from k to q, which may be more than half a turn."""
     ax.add_artist(Circle((0, 0), 1, fill=False, color="0.85"))
     turn = float(np.angle(q / k) % (2 * np.pi))
-    arrows = (("q", q, Q_COLOUR), ("k", k, K_COLOUR)) if turn > 0.1 else (("q and k", q, Q_COLOUR),)
-    for name, vector, colour in arrows:
+    for name, vector, colour in (("q", q, Q_COLOUR), ("k", k, K_COLOUR)) if turn > 0.1 else (("q, k", q, "0.3"),):
         ax.annotate("", (vector.real, vector.imag), (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "lw": 2})
-        ax.text(1.2 * vector.real, 1.2 * vector.imag, name, color=colour, ha="center", va="center")
+        ax.text(1.3 * vector.real, 1.25 * vector.imag, name, color=colour, ha="center", va="center")
     arc = 0.45 * np.exp(1j * (np.angle(k) + np.linspace(0, turn, 60)))
     ax.plot(arc.real, arc.imag, color="0.4", linewidth=1)
-    ax.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
+    ax.set(xlim=(-1.45, 1.45), ylim=(-1.35, 1.35), aspect="equal")
     ax.set_axis_off()
     ax.set_title(f"{title}\n{np.degrees(turn):.0f}°", fontsize="medium")
 
@@ -168,6 +167,22 @@ def find_r2(lines: NDArray[np.float64], shape: NDArray[np.float64]) -> NDArray[n
     shape : array, shape (bins,)
     """
     return np.array([np.corrcoef(line, shape)[0, 1] ** 2 for line in lines])
+
+
+def explain_change(
+    before: NDArray[np.float64], after: NDArray[np.float64], middles: NDArray[np.float64], factor: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[float]]:
+    """Compare what a factor changed in a layer's curve with what stretching the curve by it predicts.
+
+    Returns
+    -------
+    (change, prediction, numbers)
+        The prediction is nan where r / factor lies outside the curve. Numbers are root mean squares of the change and
+        of what is left of it, and the share that is explained, over the other bins.
+    """
+    stretched, inside = stretch(before, middles, factor)
+    whole, left = (float(np.sqrt(np.mean((after - other)[inside] ** 2))) for other in (before, stretched))
+    return after - before, np.where(inside, stretched - before, np.nan), [whole, left, 1 - (left / whole) ** 2]
 
 
 def stretch(

@@ -59,6 +59,16 @@ def test_a_straight_line_over_octaves_stretches_by_its_slope():
     assert rope_decay.stretch(before, MIDDLES, 0.5)[1].tolist() == [True, True, True, False]
 
 
+def test_a_change_that_is_a_stretch_is_explained_whole_and_one_that_is_not_is_not():
+    before = -np.log2(MIDDLES)
+    stretched, _ = rope_decay.stretch(before, MIDDLES, 2.0)
+    change, predicted, numbers = rope_decay.explain_change(before, stretched, MIDDLES, 2.0)
+    assert numbers == pytest.approx([1, 0, 1])
+    assert np.isnan(predicted[0])
+    np.testing.assert_allclose(predicted[1:], change[1:])
+    assert rope_decay.explain_change(before, before - 1, MIDDLES, 2.0)[2] == pytest.approx([1, 2, -3])
+
+
 def test_bins_hold_mean_least_and_most():
     found = rope_decay.in_bins(np.array([1.0, 3, 5, 7]), np.array([0, 1]))
     assert [values.tolist() for values in found] == [[1, 5], [1, 3], [1, 7]]
@@ -69,7 +79,7 @@ def test_an_angle_is_written_from_key_to_query_and_a_small_one_has_one_arrow():
     rope_decay.draw_arrows(np.exp(3.5j), 1, "wide", wide)
     rope_decay.draw_arrows(1j, 1j, "none", none)
     assert wide.get_title() == f"wide\n{np.degrees(3.5):.0f}°"
-    assert {text.get_text() for text in none.texts} == {"", "q and k"}
+    assert {text.get_text() for text in none.texts} == {"", "q, k"}
 
 
 def test_panels_name_what_they_show():
