@@ -80,7 +80,12 @@ def compare(
 
 
 def label_ends(
-    ax: Axes, x: float, heights: Mapping[str, float], colours: Mapping[str, tuple[float, ...] | str] | None = None
+    ax: Axes,
+    x: float,
+    heights: Mapping[str, float],
+    colours: Mapping[str, tuple[float, ...] | str] | None = None,
+    *,
+    gap: float = 0.065,
 ) -> None:
     """Write each name beside the end of its line, moved apart where lines end close together.
 
@@ -88,14 +93,16 @@ def label_ends(
     ----------
     colours : mapping of name to colour, optional
         For lines that are not methods.
+    gap : float
+        The least between two names, as a share of the height of the panel: more for a low one.
     """
     low, high = ax.get_ylim()
-    gap, below = 0.065 * (high - low), -np.inf
+    below = -np.inf
     figure = ax.figure
     assert isinstance(figure, Figure)
     beside = ax.transData + ScaledTranslation(5 / 72, 0, figure.dpi_scale_trans)  # 5 points, on any scale of x
     for name, height in sorted(heights.items(), key=lambda end: end[1]):
-        below = max(height, below + gap)
+        below = max(height, below + gap * (high - low))
         colour = colour_of(name) if colours is None else colours[name]
         ax.text(x, below, name, va="center", color=colour, fontsize="small", transform=beside)
 
