@@ -175,10 +175,11 @@ def measure_long(lm: LM, ids: list[int]) -> pd.DataFrame:
     )
 
 
-def draw_rows(rows: Mapping[str, NDArray[np.float64]]) -> Figure:
-    """Draw the attention of one query in several heads, a panel each: per cent on every token."""
+def draw_rows(rows: Mapping[str, NDArray[np.float64]], marked: tuple[int, int]) -> Figure:
+    """Draw the attention of one query in several heads, a panel each: per cent on every token, some of them shaded."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(7, 1.7 * len(rows)), sharex=True, squeeze=False)
     for ax, (title, row) in zip(axes[:, 0], rows.items(), strict=True):
+        ax.axvspan(*marked, color="#d55e00", alpha=0.3, linewidth=0)
         ax.vlines(np.arange(len(row)), 0, 100 * row, color="#0c9bd9", linewidth=1)
         ax.set_title(title, loc="left", fontsize="medium")
         ax.set(ylabel="attention (%)", ylim=(0, None))
@@ -230,6 +231,7 @@ def draw_layers(panels: Mapping[str, ArrayLike], marked: int) -> Figure:
         ax.bar(np.arange(len(values)), values, color=colours.tolist())
         ax.set_title(name, loc="left", fontsize="medium")
     axes[-1, 0].set_yscale("symlog", linthresh=0.02)
+    axes[-1, 0].yaxis.set_major_formatter("{x:g}")
     axes[-1, 0].axhline(0, color="0.5", linewidth=0.8)
     axes[-1, 0].set_xlabel("layer")
     return figure

@@ -130,6 +130,6 @@ def test_one_layer_and_one_predictor_are_marked():
     labels = module.draw_correlations(table, "b").axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["a", "b"]
     assert labels[0].get_color() != labels[1].get_color()
-    assert len(module.draw_rows({"one": np.ones(4), "two": np.ones(4)}).axes) == 2
+    assert len(module.draw_rows({"one": np.ones(4), "two": np.ones(4)}, (1, 2)).axes) == 2
     lines = dict.fromkeys(module.KIND_COLOURS, Interval(*[np.ones(3)] * 3))
     assert {text.get_text() for text in module.draw_entropy({"all": lines}).axes[0].texts} == {*module.KIND_COLOURS}
