@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike, NDArray
 
 from lrs_utils.analysis.statistics import Interval
@@ -78,14 +79,32 @@ def compare(
     return figure
 
 
-def label_ends(ax: Axes, x: float, heights: Mapping[str, float]) -> None:
-    """Write each method's name beside the end of its line, moved apart where lines end close together."""
+def label_ends(
+    ax: Axes,
+    x: float,
+    heights: Mapping[str, float],
+    colours: Mapping[str, tuple[float, ...] | str] | None = None,
+    *,
+    gap: float = 0.065,
+) -> None:
+    """Write each name beside the end of its line, moved apart where lines end close together.
+
+    Parameters
+    ----------
+    colours : mapping of name to colour, optional
+        For lines that are not methods.
+    gap : float
+        The least between two names, as a share of the height of the panel: more for a low one.
+    """
     low, high = ax.get_ylim()
-    gap, below = 0.065 * (high - low), -np.inf
-    right = x + 0.015 * float(np.ptp(ax.get_xlim()))
+    below = -np.inf
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    beside = ax.transData + ScaledTranslation(5 / 72, 0, figure.dpi_scale_trans)  # 5 points, on any scale of x
     for name, height in sorted(heights.items(), key=lambda end: end[1]):
-        below = max(height, below + gap)
-        ax.text(right, below, name, va="center", color=colour_of(name), fontsize="small")
+        below = max(height, below + gap * (high - low))
+        colour = colour_of(name) if colours is None else colours[name]
+        ax.text(x, below, name, va="center", color=colour, fontsize="small", transform=beside)
 
 
 def dots(table: pd.DataFrame, *, xlabel: str, zero: float | None = 0.0, ax: Axes | None = None) -> Figure:

@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from lrs_utils.analysis.methods import label_ends
 from lrs_utils.analysis.statistics import Interval
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.layers import LayerScaling
@@ -31,6 +30,7 @@ def use_style() -> None:
         "figure.figsize": (5.2, 3.2),
         "figure.constrained_layout.use": True,
         "figure.dpi": 120,
+        "figure.titlesize": "medium",
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.hashsalt": "lrs",
@@ -79,27 +79,42 @@ def by_depth(
     return figure
 
 
-def by_distance(
-    decays: Mapping[str, Interval | NDArray[np.float64]], distances: ArrayLike, *, ylabel: str, ax: Axes | None = None
+def named_lines(
+    lines: Mapping[str, Interval | NDArray[np.float64]],
+    x: ArrayLike,
+    colours: Mapping[str, tuple[float, ...] | str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    ax: Axes | None = None,
 ) -> Figure:
-    """`curves` over the tokens between query and key, in octaves."""
-    figure = curves(decays, distances, xlabel="distance (tokens)", ylabel=ylabel, markers=False, ax=ax)
-    (ax or figure.axes[0]).set_xscale("log", base=2)
-    return figure
+    """A line for each thing that is not a method (a kind of text, a factor), named at its end.
 
-
-def layer_curves(
-    values: NDArray[np.float64], x: ArrayLike, *, xlabel: str, ylabel: str, ax: Axes | None = None
-) -> Figure:
-    """A thin line for each layer, coloured from the first to the last; values have shape (layers, points)."""
-    ax = ax or plt.subplots()[1]
-    colours = ScalarMappable(Normalize(0, len(values) - 1), "viridis")
-    for line, colour in zip(values, colours.to_rgba(np.arange(len(values))), strict=True):
-        ax.plot(np.asarray(x, float), line, color=tuple(colour), linewidth=0.9)
-    figure = _figure(ax)
-    figure.colorbar(colours, ax=ax, label="layer", pad=0.02)
+    Parameters
+    ----------
+    lines : mapping of name to Interval or array, shape (points,)
+        Intervals are drawn as bands. A name without a colour is drawn thin and grey, and not named.
+    """
+    ax = ax or plt.subplots(figsize=(7, 3.6))[1]
+    at, ends = np.asarray(x, float), {}
+    for name, line in lines.items():
+        mean = np.asarray(line.mean if isinstance(line, Interval) else line, float)
+        if name not in colours:
+            ax.plot(at, mean, color="0.8", linewidth=0.8, zorder=0)
+            continue
+        ax.plot(at, mean, color=colours[name], linewidth=1.8)
+        if isinstance(line, Interval):
+            ax.fill_between(at, line.low, line.high, color=colours[name], alpha=0.15, linewidth=0)
+        ends[name] = float(mean[-1])
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    return figure
+    label_ends(ax, at[-1], ends, colours)
+    return _figure(ax)
+
+
+def octaves(ax: Axes) -> None:
+    """Distances in octaves, as plain numbers."""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set(major_locator=LogLocator(base=8), major_formatter="{x:,.0f}", minor_locator=NullLocator())
 
 
 def layer_map(
