@@ -179,9 +179,9 @@ def draw_sigmas(single: pd.DataFrame, ylabel: str) -> tuple[Figure, str]:
 def draw_factors(searches: pd.DataFrame) -> tuple[Figure, str]:
     """The factors that each search found, a panel for each model that it searched on ("sampler")."""
     names = list(dict.fromkeys(searches["sampler"]))
-    figure, panels = plt.subplots(1, len(names), figsize=(7, 2.6), sharey=True)
+    figure, panels = plt.subplots(1, len(names), figsize=(7, 2.6), sharey=True, squeeze=False)
     titles, told = [], []
-    for ax, name in zip(panels, names, strict=True):
+    for ax, name in zip(panels[0], names, strict=True):
         ax.axhline(1.0, color="0.6", linewidth=0.8)
         of_model = searches[searches["sampler"] == name]
         for how, of in of_model.groupby("how", sort=False):
@@ -191,9 +191,9 @@ def draw_factors(searches: pd.DataFrame) -> tuple[Figure, str]:
             told.append(f"{name}, {how}: {', '.join(f'{factor:g}' for factor in of['factor'])}")
         ax.set(xlabel="layer", xticks=sorted(set(of_model["layer"])))
         ax.set_title(f"on {name}", loc="left", fontsize="medium")
-        titles.append(f"{of_model['nll'].iloc[0]:.2f} to {of_model['best'].min():.2f} on {name}")
-    panels[0].set_ylabel("factor")
-    _title(figure, f"The best factors change the nll of pairs: {', '.join(titles)}")
+        titles.append(f"{of_model['nll'].iloc[0]:.2f} to {of_model['best'].min():.2f} ({name})")
+    panels[0, 0].set_ylabel("factor")
+    _title(figure, f"The best factors change the nll: {', '.join(titles)}")
     return figure, f"Layer factors found on top of YaRN's stretch. {'; '.join(told)}."
 
 
