@@ -5,7 +5,7 @@ import pytest
 from first_screen import fill_first_screen
 from matplotlib import pyplot as plt
 
-from lrs_utils.analysis.methods import COLOURS, colour_of, compare, dots
+from lrs_utils.analysis.methods import COLOURS, colour_of, compare, dot_panels, dots
 from lrs_utils.analysis.pictures import as_image, write_svg
 from lrs_utils.analysis.statistics import Interval
 
@@ -30,6 +30,22 @@ def test_methods_are_named_at_the_ends_of_their_lines_without_overlap():
     axes = dots(table, xlabel="points").axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["gradient", "GA"]
     assert axes.get_yticks()[0] > axes.get_yticks()[1], "the first row is at the top"
+    plt.close("all")
+
+
+def test_panels_of_dots_name_each_method_once_and_leave_out_what_a_panel_lacks():
+    table = pd.DataFrame({"mean": [2, 1], "low": [1, 0], "high": [3, 2]}, index=["gradient", "GA"])
+    notes = table.iloc[:1].assign(note="3 of 4")
+    figure = dot_panels({"pairs": table, "lines": notes, "text": table}, xlabel="points")
+    left, right, below, unused = figure.axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["gradient", "GA"]
+    assert left.yaxis.get_tick_params()["labelleft"]
+    assert not right.yaxis.get_tick_params()["labelleft"]
+    assert [text.get_text() for text in right.texts] == ["3 of 4"]
+    assert next(line.get_xdata()[0] for line in right.lines if line.get_marker() == "o") == 2
+    assert below.get_title(loc="left") == "text"
+    assert not unused.get_visible()
+    assert figure.get_supxlabel() == "points"
     plt.close("all")
 
 

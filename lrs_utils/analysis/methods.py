@@ -27,6 +27,7 @@ COLOURS: dict[str, tuple[float, ...] | str] = {
     "GA, no curve": _YELLOW, "random curves": _GREY, "line": _BROWN, "step": _PINK, "CMA-ES": _RED, "TPE": _PURPLE,
     "none": "0.35", "PI": _ORANGE, "NTK": _GREEN, "Dynamic NTK": _PURPLE, "YaRN": _BLUE,
     "untuned": "0.35", "plain": _GREEN, "PoSE": _ORANGE, "RandPos": _PURPLE, "CREAM": _BLUE,
+    "CREAM as released": _SKY,
 }  # fmt: skip
 
 
@@ -129,4 +130,42 @@ def dots(table: pd.DataFrame, *, xlabel: str, zero: float | None = 0.0, ax: Axes
     ax.set(xlabel=xlabel)
     figure = ax.figure
     assert isinstance(figure, Figure)
+    return figure
+
+
+def dot_panels(
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    xlabel: str,
+    columns: int = 2,
+    share: bool = True,
+    zero: float | None = 0.0,
+) -> Figure:
+    """`dots` in panels that share their rows, so that each method is named once a line of panels.
+
+    Parameters
+    ----------
+    tables : mapping of a panel's title to DataFrame
+        As for `dots`, methods in the order of the first that has them; a panel leaves the row of a method that it lacks
+        empty. A column "note" is written at the right of its row.
+    share : bool
+        One scale for the panels of a line.
+    """
+    names = list(dict.fromkeys(name for table in tables.values() for name in table.index))
+    lines = -(-len(tables) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(7, lines * (0.26 * len(names) + 0.75)), squeeze=False, sharex="row" if share else False
+    )
+    for ax in panels.flat[len(tables) :]:
+        ax.set_visible(False)
+    for nth, (ax, (title, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
+        dots(table.reindex(names), xlabel="", zero=zero, ax=ax)
+        ax.set_title(title, fontsize="medium", loc="left")
+        ax.tick_params(axis="y", left=False, labelleft=nth % columns == 0)
+        ax.set_ylim(-0.6, len(names) - 0.4)
+        for row, name in enumerate(reversed(names)):
+            if "note" in table and name in table.index:
+                beside = ax.get_yaxis_transform()
+                ax.text(1.02, row, table.loc[name, "note"], transform=beside, va="center", fontsize="x-small")
+    figure.supxlabel(xlabel, fontsize="medium")
     return figure
