@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lrs_utils import LM, ExtendedScaling, GeneticSearch, GradientSearch, LayerScaling, Ledger, score, search, tasks
-from lrs_utils.analysis.statistics import paired_changes
+from lrs_utils.analysis.statistics import bootstrap_mean, paired_changes
 from lrs_utils.notebook import Run
 from lrs_utils.scoring.perplexity import window_nll
 from lrs_utils.scoring.window import context_tokens
@@ -151,7 +151,7 @@ def choose_best(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_perplexity(
-    run: Run, table: str, lm: LM, readings: Mapping[str, Reading], texts: Sequence[str], **at: Any
+    run: Run, table: str, lm: LM, readings: Mapping[str, Reading], plays: Sequence[str], **at: Any
 ) -> pd.DataFrame:
     """Mean nll of every reading, by text and length, its seconds, and the most memory that the process ever had.
 
@@ -169,7 +169,7 @@ def measure_perplexity(
             for text in range(n):
                 what = text, length, scaling
                 if what not in known:
-                    known[what] = _time_nll(lm, texts[text], length, scaling, at)
+                    known[what] = _time_nll(lm, plays[text], length, scaling, at)
                 rows.append([text, length, *known[what]])
         columns = ["text", "length", "nll", "seconds per 1,000 tokens", "GiB"]
         return pd.DataFrame(rows, columns=columns).assign(way=way)
@@ -263,3 +263,101 @@ def compare_perplexity(rows: pd.DataFrame, baseline: Callable[[str], str] = name
     table = mean.merge(table, how="left", on=["way", "length"])
     changes = {column: 100 * np.expm1(table[column]) for column in ("change", "low", "high")}
     return table.assign(perplexity=np.exp(table["perplexity"]), **changes)
+
+
+def compare_best(rows: pd.DataFrame, found: pd.DataFrame, rival: str = "scheme alone") -> pd.DataFrame:
+    """What `choose_best` chose, against the scheme alone, or its layer factors against its one factor.
+
+    Returns
+    -------
+    DataFrame
+        `compare_perplexity`'s, with "scheme" and "kind"; only rows that have a rival.
+    """
+    best = choose_best(found)
+    if rival == "scheme alone":
+        return compare_perplexity(rows).dropna(subset="change").join(best, on="way", how="inner")
+    one = {of["scheme"]: way for way, of in best.iterrows() if of["kind"] == "one factor"}
+    chosen = rows[rows["way"].isin(best.index)]
+    table = compare_perplexity(chosen, lambda way: str(one.get(way.partition(", ")[0], way)))
+    return table.dropna(subset="change").join(best, on="way")
+
+
+def group_by_setting(table: pd.DataFrame, mean: str = "change") -> pd.DataFrame:
+    """Rows as `methods.dots_by_group` takes them: a group for each scheme and combination, a method for each search."""
+    parts = [str(way).split(", ") for way in table["way"]]
+    groups = [scheme if scheme == "PI" else f"{scheme}, {combine}" for scheme, combine, _ in parts]
+    return _as_groups(table, groups, [how for *_, how in parts], mean)
+
+
+def group_by_scheme(table: pd.DataFrame, mean: str = "change") -> pd.DataFrame:
+    """Rows as `methods.dots_by_group` takes them, of a table with "scheme" and "kind"."""
+    return _as_groups(table, table["scheme"], table["kind"], mean)
+
+
+def _as_groups(table: pd.DataFrame, groups: Iterable[str], kinds: Iterable[str], mean: str) -> pd.DataFrame:
+    index = pd.MultiIndex.from_arrays([[*groups], [*kinds]])
+    return table.rename(columns={mean: "mean"}).reindex(columns=["mean", "low", "high"]).set_index(index)
+
+
+def count_certain(table: pd.DataFrame) -> tuple[int, int]:
+    """How many settings read better than their rival, and how many worse, with p below 0.05."""
+    certain = table[table["p"] < 0.05]["change"]
+    return int((certain < 0).sum()), int((certain > 0).sum())
+
+
+def list_changes(table: pd.DataFrame) -> str:
+    """The change of each scheme with its interval, as a sentence has it: "-3.7 % [-6.0, -1.2] on PI, ..."."""
+    parts = []
+    for of in table.to_dict("records"):
+        interval = "" if np.isnan(of["low"]) else f" [{of['low']:+.1f}, {of['high']:+.1f}]"
+        parts.append(f"{of['change']:+.1f} %{interval} on {of['scheme']}")
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def average_alone(rows: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity with no scaling and with each scheme alone (index) by length (columns), of texts of all lengths."""
+    table = compare_perplexity(rows[rows["way"].str.endswith(", uniform")])
+    values = table.pivot_table(index="way", columns="length", values="perplexity", sort=False)
+    return values.rename(index=say_setting).rename(index=lambda name: name.removesuffix(" alone"))
+
+
+def say_setting(way: str) -> str:
+    """A setting in words: "no scaling", "PI alone", "YaRN with one factor", "NTK with layer factors"."""
+    scheme, *_, how = way.split(", ")
+    if how == "uniform":
+        return "no scaling" if scheme == "none" else f"{scheme} alone"
+    return f"{scheme} with {how if how == 'one factor' else 'layer factors'}"
+
+
+def say_lengths(values: pd.DataFrame) -> str:
+    """The numbers of `methods.by_length`'s figure."""
+    told = [
+        f"{name} {', '.join(f'{value:,.1f} at {length:,}' for length, value in line.items())}"
+        for name, line in values.iterrows()
+    ]
+    return "; ".join(told) + " tokens."
+
+
+def list_panels(lm: LM, rows: pd.DataFrame, found: pd.DataFrame, lengths: Iterable[int]) -> dict[str, pd.DataFrame]:
+    """What `choose_best` chose against the scheme alone, for `methods.dots_by_group`: a panel for each length."""
+    changes = compare_best(rows, found)
+    at = [length for length in dict.fromkeys(lengths) if (changes["length"] == length).any()]
+    return {f"{lm.name}, {n:,} tokens": group_by_scheme(changes[changes["length"] == n]) for n in at}
+
+
+def group_retrieval(
+    retrieval: pd.DataFrame, best: pd.DataFrame, lengths: Iterable[int], tasks: Sequence[str] = ("pass key", "pairs")
+) -> dict[str, pd.DataFrame]:
+    """Exact answers in per cent with intervals over contexts, for `methods.dots_by_group`: a panel for each task and
+    length, with each scheme alone and with what `choose_best` chose."""
+    kinds = {f"{scheme}, uniform": (scheme, "scheme alone") for scheme in SCHEMES}
+    kinds |= {str(way): (of["scheme"], of["kind"]) for way, of in best.iterrows()}
+    kinds["none, uniform"] = ("no scaling", "scheme alone")
+    panels = {}
+    for task, length in product(tasks, lengths):
+        at = retrieval[(retrieval["task"] == task) & (retrieval["length"] == length)]
+        parts = {kind: bootstrap_mean(at[at["way"] == way]["right"]) for way, kind in kinds.items()}
+        rows = [[float(part.mean), float(part.low), float(part.high)] for part in parts.values()]
+        index = pd.MultiIndex.from_tuples([*parts])
+        panels[f"{task}, {length:,} tokens"] = pd.DataFrame(rows, columns=["mean", "low", "high"], index=index)
+    return panels

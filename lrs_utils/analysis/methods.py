@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from numpy.typing import ArrayLike, NDArray
 
 from lrs_utils.analysis.statistics import Interval
@@ -177,3 +178,33 @@ def _name_dots(
                     textcoords="offset points", ha="right" if on_left else "left", va="center",
                     color=colour_of(method), fontsize="small",
                 )  # fmt: skip
+
+
+def tell_dots(tables: Mapping[str, pd.DataFrame], unit: str = "") -> str:
+    """The numbers that `dots_by_group` draws, for readers who don't see them."""
+    panels = []
+    for title, table in tables.items():
+        told = []
+        for (group, method), of in zip(table.index, table.to_dict("records"), strict=True):
+            interval = "" if np.isnan(of["low"]) else f" [{of['low']:.1f}, {of['high']:.1f}]"
+            told.append(f"{group}, {method} {of['mean']:.1f}{unit}{interval}")
+        panels.append(f"{title}: {'; '.join(told)}.")
+    return " ".join(panels)
+
+
+def by_length(values: pd.DataFrame, *, ylabel: str, ax: Axes | None = None) -> Figure:
+    """A line for each method against the tokens read, both on logarithmic scales.
+
+    Parameters
+    ----------
+    values : DataFrame
+        Index: the method's name; columns: lengths in tokens.
+    """
+    ax = ax or plt.subplots(figsize=(7, 3.4))[1]
+    ax.set(xscale="log", yscale="log")
+    lines = {str(name): line.to_numpy(float) for name, line in values.iterrows()}
+    figure = compare(lines, values.columns.to_numpy(float), xlabel="length (tokens)", ylabel=ylabel, ax=ax)
+    ax.set_xticks(values.columns, [f"{length:,}" for length in values.columns])
+    ax.xaxis.minorticks_off()
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_formatter="")
+    return figure
