@@ -15,19 +15,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lrs_utils import LM, ExtendedScaling, GeneticSearch, GradientSearch, LayerScaling, Ledger, score, search, tasks
 from lrs_utils.analysis.statistics import bootstrap_mean, paired_changes
 from lrs_utils.notebook import Run
+from lrs_utils.scaling import rope
 from lrs_utils.scoring.perplexity import window_nll
 from lrs_utils.scoring.window import context_tokens
 from lrs_utils.searchers.objectives import mixture
 from lrs_utils.tasks import Suite
-from lrs_utils.training.small import suites
+from lrs_utils.training.small import SIZES, WINDOW, suites
 
 SCHEMES = {"PI": "pi", "NTK": "ntk", "Dynamic NTK": "dynamic_ntk", "YaRN": "yarn"}
 SPACE: dict[str, Any] = {"bounds": [0.5, 2.0], "step": 0.1, "start": 1.0, "rate": 0.05}
 Setting = tuple[str, str, str]  # scheme, how factors combine with its extension, how they are searched
+LONG_SETTINGS = [  # of a model whose windows are costly
+    *[(name, "multiply", "GA") for name in ("PI", "Dynamic NTK", "YaRN")],
+    ("PI", "multiply", "one factor"),
+]
 Reading = tuple[Any, ...]  # scheme, how factors combine with its extension, factors; the scheme alone without both
 
 
@@ -45,6 +51,14 @@ def stretch(
         return LayerScaling.identity(lm.num_layers)
     extension = 1.0 if name == "Dynamic NTK" else length / lm.window
     return ExtendedScaling(factors or (1.0,) * lm.num_layers, SCHEMES[name], extension=extension, combine=combine)
+
+
+def slow_frequencies(scheme: str, factor: float = 1.0, combine: str = "multiply") -> NDArray[np.float64]:
+    """By how much each frequency of a head of small-rope, fast to slow, is slowed at four windows."""
+    own = rope.frequencies(SIZES["hidden_size"] // SIZES["num_attention_heads"], SIZES["rope_theta"])
+    at = {"extension": 4.0, "combine": combine, "length": 4 * WINDOW}
+    scaled, _ = rope.layer_frequencies(own, factor, scheme, WINDOW, **at)  # type: ignore[arg-type]
+    return np.asarray(own / scaled)
 
 
 def ask_beyond(lm: LM, text: str, length: int, contexts: int, seed: int) -> Suite:
@@ -346,18 +360,20 @@ def list_panels(lm: LM, rows: pd.DataFrame, found: pd.DataFrame, lengths: Iterab
 
 
 def group_retrieval(
-    retrieval: pd.DataFrame, best: pd.DataFrame, lengths: Iterable[int], tasks: Sequence[str] = ("pass key", "pairs")
+    retrieval: pd.DataFrame, best: pd.DataFrame, task: str, lengths: Iterable[int]
 ) -> dict[str, pd.DataFrame]:
-    """Exact answers in per cent with intervals over contexts, for `methods.dots_by_group`: a panel for each task and
-    length, with each scheme alone and with what `choose_best` chose."""
+    """Exact answers in per cent with intervals over contexts, for `methods.dots_by_group`: a panel for each length.
+
+    They are of each scheme alone and of what `choose_best` chose.
+    """
     kinds = {f"{scheme}, uniform": (scheme, "scheme alone") for scheme in SCHEMES}
     kinds |= {str(way): (of["scheme"], of["kind"]) for way, of in best.iterrows()}
     kinds["none, uniform"] = ("no scaling", "scheme alone")
     panels = {}
-    for task, length in product(tasks, lengths):
+    for length in lengths:
         at = retrieval[(retrieval["task"] == task) & (retrieval["length"] == length)]
         parts = {kind: bootstrap_mean(at[at["way"] == way]["right"]) for way, kind in kinds.items()}
         rows = [[float(part.mean), float(part.low), float(part.high)] for part in parts.values()]
         index = pd.MultiIndex.from_tuples([*parts])
-        panels[f"{task}, {length:,} tokens"] = pd.DataFrame(rows, columns=["mean", "low", "high"], index=index)
+        panels[f"{length:,} tokens"] = pd.DataFrame(rows, columns=["mean", "low", "high"], index=index)
     return panels

@@ -35,6 +35,16 @@ def test_a_scheme_is_stretched_beyond_the_window_only(small):
     assert (found.factors, found.combine) == ((1.0, 1.1, 1.2, 1.3), "divide")
 
 
+def test_each_scheme_slows_its_own_frequencies():
+    slow = extrapolation.slow_frequencies
+    np.testing.assert_allclose(slow("pi"), 4)
+    assert (slow("ntk")[0], slow("yarn")[0]) == (1, 1)
+    assert slow("ntk")[-1] == pytest.approx(4)
+    multiplied, divided = (slow("ntk", 1.5, combine) for combine in ("multiply", "divide"))
+    assert (multiplied[0], divided[0]) == (1, 1.5)
+    assert multiplied[-1] == pytest.approx(divided[-1]) == pytest.approx(6)
+
+
 def test_what_is_judged_fills_the_length_and_lies_beyond_the_window(small, beyond):
     for probe in beyond.probes:
         read, whole = len(small.tokenizer(probe.context)["input_ids"]), context_tokens(small, probe)
@@ -155,9 +165,9 @@ def test_retrieval_is_shown_alone_and_with_the_best():
         for task in ("pass key", "pairs")
         for context in range(2)
     ]
-    panels = extrapolation.group_retrieval(pd.DataFrame(rows), best, [512])
-    assert [*panels] == ["pass key, 512 tokens", "pairs, 512 tokens"]
-    table = panels["pairs, 512 tokens"]
+    panels = extrapolation.group_retrieval(pd.DataFrame(rows), best, "pairs", [512])
+    assert [*panels] == ["512 tokens"]
+    table = panels["512 tokens"]
     assert table.loc[("PI", "layer factors"), "mean"] == 80
     assert [*table.loc[("YaRN", "scheme alone")]] == [55, 50, 60]
     assert table.index[-1] == ("no scaling", "scheme alone")
