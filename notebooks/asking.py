@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from numpy.typing import NDArray
 
 from lrs_utils import LM, Found, Ledger, tasks
@@ -53,7 +55,7 @@ def read_accuracy(found: Found, measure: str) -> str | None:
     if rows.empty:
         return None
     before, after = (100 * float(rows.iloc[0][column]) for column in ("no scaling", "found"))
-    return f"the {measure} from {before:.0f} to {after:.0f} %"
+    return f"from {before:.0f} to {after:.0f} % in the {measure}"
 
 
 def say_by_depth(found: Found) -> str:
@@ -63,4 +65,16 @@ def say_by_depth(found: Found) -> str:
         row = found.row(found.judged.tasks[0].name, "accuracy")
         return f"With no scaling the model answers {100 * row['no scaling']:.0f} % of the held-out questions."
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return f"By depth of the answer in the context, accuracy goes in {listed}."
+    return f"By depth of the answer in the context, accuracy goes {listed}."
+
+
+def stack_panels(figure: Figure) -> None:
+    """Put the numbers of `Found.plot` below the accuracy by depth, so that a page is wide enough for both."""
+    top, *maps = [ax for ax in figure.axes if ax.get_subplotspec()]  # not the colour bars
+    grid = GridSpec(2, len(maps), figure=figure, height_ratios=(1.4, 1))
+    top.set_subplotspec(grid[0, :])
+    for n, ax in enumerate(maps):
+        ax.set_subplotspec(grid[1, n])
+    top.set(xlim=(0, 1.32), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # with room for the names at the lines' ends
+    top.spines["bottom"].set_bounds(0, 1)
+    figure.set_size_inches(7, 5.6)

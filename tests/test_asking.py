@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import asking
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
@@ -51,9 +52,20 @@ def test_the_sentence_by_depth_holds_for_any_data_and_for_no_scaling():
     some, none = LayerScaling.uniform(1.1, 2), LayerScaling.identity(2)
     whole = asking.say_by_depth(found_with(some, "first fifth", "middle fifth", "last fifth"))
     assert whole == (
-        "By depth of the answer in the context, accuracy goes in the first fifth from 30 to 90 %, "
-        "the middle fifth from 10 to 93 % and the last fifth from 10 to 95 %."
+        "By depth of the answer in the context, accuracy goes from 30 to 90 % in the first fifth, "
+        "from 10 to 93 % in the middle fifth and from 10 to 95 % in the last fifth."
     )
-    assert "goes in the middle fifth from 10 to 93 %." in asking.say_by_depth(found_with(some, "middle fifth"))
+    assert "goes from 10 to 93 % in the middle fifth." in asking.say_by_depth(found_with(some, "middle fifth"))
     assert asking.say_by_depth(found_with(some)) == asking.say_by_depth(found_with(none, "middle fifth"))
     assert asking.say_by_depth(found_with(none)) == "With no scaling the model answers 15 % of the held-out questions."
+
+
+def test_accuracy_stands_above_the_numbers():
+    figure, axes = plt.subplots(1, 3, layout="constrained")
+    figure.colorbar(axes[1].imshow([[0, 1]]), ax=axes[1])
+    asking.stack_panels(figure)
+    figure.canvas.draw()
+    top, *maps = (ax.get_position() for ax in axes)
+    assert all(top.y0 > below.y1 for below in maps)
+    assert maps[0].x1 < maps[1].x0
+    plt.close(figure)
