@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lrs_utils import LayerScaling
-from lrs_utils.analysis import plots
+from lrs_utils.analysis import methods, plots
 from lrs_utils.searchers.engine import SearchResult
 
 
@@ -60,15 +60,32 @@ def test_a_generation_shows_its_candidates_and_the_best_up_to_then():
     assert [axes.lines[-1].get_ydata()[0] for axes in (first, second, third)] == [1.1, 1.1, 1.4]
 
 
-def test_perplexity_by_length_draws_schemes_and_layer_factors_on_top_alike():
-    nll = {"none, uniform": (1, 3), "PI, uniform": (1, 2), "PI, multiply, GA": (1, 1.5)}
-    rows = [(way, 128 * 2**i, value) for way, values in nll.items() for i, value in enumerate(values)]
-    table = pd.DataFrame(rows, columns=["way", "length", "nll"])
-    without = table[~table["way"].str.startswith("none")]
-    axes, other = plots.perplexity_by_length({"all": table, "fewer": without}).axes
-    lines = {line.get_label(): line for line in axes.lines}
-    assert [*lines] == ["none, uniform", "PI, uniform", "PI, multiply, GA"]
-    np.testing.assert_allclose(lines["PI, multiply, GA"].get_ydata(), np.exp([1, 1.5]))
-    assert lines["PI, uniform"].get_color() == lines["PI, multiply, GA"].get_color()
-    assert other.lines[0].get_color() == lines["PI, uniform"].get_color(), "a scheme has one colour in all panels"
-    assert lines["PI, uniform"].get_linestyle() != lines["PI, multiply, GA"].get_linestyle()
+def test_dots_stand_by_group_and_each_method_is_named_once():
+    index = pd.MultiIndex.from_tuples([("PI", "one factor"), ("PI", "GA"), ("YaRN", "GA")])
+    numbers = {"mean": [-1.0, 2.0, 3.0], "low": [-2.0, 1.0, np.nan], "high": [0.0, 3.0, np.nan]}
+    table = pd.DataFrame(numbers, index=index)
+    panels = {"all": table, "one": table.iloc[1:2], "another": table.iloc[2:]}
+    figure = methods.dots_by_group(panels, xlabel="per cent")
+    first, second, third = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["PI", "YaRN"]
+    dots = [line for line in first.lines if line.get_marker() == "o"]
+    assert [float(dot.get_xdata()[0]) for dot in dots] == [-1, 2, 3]
+    heights = [float(dot.get_ydata()[0]) for dot in dots]
+    assert heights[0] < heights[1] < 0.5 < heights[2], "the first method above the second, groups from the top"
+    [dot] = [line for line in third.lines if line.get_marker() == "o"]
+    assert dot.get_ydata()[0] == heights[2], "a group has its height in all panels"
+    assert dots[1].get_color() == dots[2].get_color() == methods.COLOURS["GA"]
+    names = [text.get_text() for ax in (first, second, third) for text in ax.texts]
+    assert sorted(names) == ["GA", "one factor"]
+    assert methods.tell_dots(panels, " %").startswith("all: PI, one factor -1.0 % [-2.0, 0.0]; PI, GA 2.0 %")
+    assert methods.tell_dots({"another": table.iloc[2:]}) == "another: YaRN, GA 3.0."
+
+
+def test_names_at_the_ends_of_lines_stand_apart_on_a_logarithmic_scale_too():
+    values = pd.DataFrame([[10, 100], [10, 101], [10, 1000]], index=["PI", "NTK", "YaRN"], columns=[256, 512])
+    [ax] = methods.by_length(values, ylabel="perplexity").axes
+    heights = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert heights["PI"] == pytest.approx(100)
+    assert heights["NTK"] > 110, "moved up"
+    assert heights["YaRN"] == pytest.approx(1000)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["256", "512"]

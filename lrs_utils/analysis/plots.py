@@ -295,31 +295,6 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     return figure
 
 
-def perplexity_by_length(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Perplexity against length: each scheme with one stretch for all layers, and dashed with layer factors.
-
-    Parameters
-    ----------
-    tables : mapping of title to DataFrame
-        A panel each. With "way" ("scheme, uniform" or "scheme, ..."), "length" in tokens, "nll".
-    """
-    figure, panels = plt.subplots(1, len(tables), figsize=(5.5 * len(tables), 4), squeeze=False)
-    schemes = dict.fromkeys(way.partition(", ")[0] for rows in tables.values() for way in rows["way"])
-    for (title, rows), ax in zip(tables.items(), panels[0], strict=True):
-        nll = rows.groupby(["way", "length"], sort=False)["nll"].mean().unstack()
-        scheme_of, uniform = nll.index.str.partition(", ").get_level_values(0), nll.index.str.endswith(", uniform")
-        for scheme, colour in zip(schemes, _COLOURS, strict=False):
-            for drawn, style in ((uniform, "-o"), (~uniform, "--s")):
-                for way, line in nll[(scheme_of == scheme) & drawn].iterrows():
-                    ax.plot(line.index, np.exp(line), style, color=colour, markersize=3.5, label=way)
-        ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="perplexity", title=title)
-        ax.set_xticks(nll.columns, [f"{length:,}" for length in nll.columns])
-        ax.xaxis.minorticks_off()
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-        ax.legend(frameon=False, fontsize="x-small")
-    return figure
-
-
 def _figure(ax: Axes) -> Figure:
     figure = ax.get_figure()
     assert isinstance(figure, Figure)
