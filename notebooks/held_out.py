@@ -101,6 +101,11 @@ def rise(nll: Sequence[float] | pd.Series) -> NDArray[np.float64]:
     return np.asarray(100 * (np.exp(values - values[0]) - 1))
 
 
+def spread_doses(count: int) -> list[float]:
+    """Doses in equal steps; the last is the whole scaling, 1."""
+    return [round(k / count, 3) for k in range(1, count + 1)]
+
+
 def trace(rows: pd.DataFrame, doses: Sequence[tuple[str, float]]) -> pd.DataFrame:
     """Each method's line from no scaling to its whole dose.
 
@@ -220,7 +225,7 @@ def order_by_gain(table: pd.DataFrame, tested: Mapping[str, LayerScaling], names
     of_methods = {scaling for way, scaling in tested.items() if way not in names}
     kept = [way for way, scaling in tested.items() if way != NO_SCALING]
     kept = [way for way in kept if way not in names or tested[way] not in of_methods]
-    rows = 100 * table.loc[kept, ["gain", "gain_low", "gain_high"]]
+    rows = 100 * table.loc[kept, ["gain", "gain_low", "gain_high"]].round(4)
     rows.columns = pd.Index(["mean", "low", "high"])
     rows["perplexity"] = table.loc[kept, "perplexity"]
     rows.index = pd.Index([names.get(way, way) for way in kept])
@@ -233,8 +238,9 @@ def list_intervals(rows: pd.DataFrame) -> str:
 
 
 def tell(row: pd.Series) -> str:
-    """The gain of a row of the test, in points."""
-    return f"{100 * row['gain']:+.1f} [{100 * row['gain_low']:+.1f}, {100 * row['gain_high']:+.1f}]"
+    """The gain of a row of the test, in points, rounded as its CSV file is."""
+    gain, low, high = (100 * round(float(row[name]), 4) for name in ("gain", "gain_low", "gain_high"))
+    return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def write_perplexity(ax: Axes, perplexity: Sequence[float] | pd.Series) -> None:

@@ -109,6 +109,13 @@ class Method:
         return ", ".join(self.columns.values())
 
     @property
+    def phrase(self) -> str:
+        """The same in words."""
+        who = {"GA": "the genetic algorithm", "gradient": "the gradient", "gradient x 4": "the gradient (four budgets)"}
+        what = "factors and temperatures" if self.vary == "both" else self.vary
+        return f"{who.get(self.searcher, self.searcher)} in {what} (`{self.scheme}`, {self.objective})"
+
+    @property
     def key(self) -> str:
         """The name of its piece in a table."""
         return " | ".join(self.columns.values())

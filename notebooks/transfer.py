@@ -152,6 +152,12 @@ def draw_changes(change: pd.DataFrame, panels: Mapping[str, tuple[str, Any]]) ->
     return figure
 
 
+def count_changes(rows: pd.DataFrame) -> tuple[int, int]:
+    """How many tasks gain and how many lose, by their intervals."""
+    tasks_only = rows[rows["measure"] == "right"]
+    return int((tasks_only["low"] > 0).sum()), int((tasks_only["high"] < 0).sum())
+
+
 def list_changes(rows: pd.DataFrame) -> str:
     """What a scaling changes, in words: a row for each probe."""
     return ", ".join(f"{on} {row['change']:+.1f}{' %' * (row['measure'] == 'nll')}" for on, row in rows.iterrows())
@@ -159,5 +165,5 @@ def list_changes(rows: pd.DataFrame) -> str:
 
 def tell(row: pd.Series) -> str:
     """A change with its interval, and a star where p is below 0.05."""
-    star = "*" if row["p"] < 0.05 else ""
-    return f"{row['change']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]{star}"
+    unit, star = " %" if row["measure"] == "nll" else "", "*" if row["p"] < 0.05 else ""
+    return f"{row['change']:+.1f}{unit} [{row['low']:+.1f}, {row['high']:+.1f}]{star}"
