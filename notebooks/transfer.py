@@ -79,8 +79,11 @@ class Transfer:
 
     def _answer(self, scaling: LayerScaling) -> pd.DataFrame:
         documents = tasks.mdqa(self.documents, self.contexts, seed=SEED, source=self.source)
-        suite, length = tasks.in_chat(documents, self.lm.tokenizer), self.answer_tokens
-        texts = generate_answers(self.lm, suite, scaling, max_new_tokens=length, ledger=self.ledger, extrapolate=True)
+        # a base model has no chat template, and is asked as it is
+        suite = tasks.in_chat(documents, self.lm.tokenizer) if self.lm.tokenizer.chat_template else documents
+        texts = generate_answers(
+            self.lm, suite, scaling, max_new_tokens=self.answer_tokens, ledger=self.ledger, extrapolate=True
+        )
         return pd.DataFrame({"right": verdicts(suite, texts, best_subspan_em).mean(axis=1)})
 
     def _know(self, scaling: LayerScaling) -> pd.DataFrame:
@@ -137,7 +140,13 @@ def draw_changes(change: pd.DataFrame, panels: Mapping[str, tuple[str, Any]]) ->
     first = change.loc[next(iter(panels))]
     kinds = {measure: first.index[first["measure"] == measure] for measure in ("right", "nll")}
     figure, axes = plt.subplots(
-        2, len(panels), figsize=(7.5, 4.6), sharey="row", sharex="row", height_ratios=[len(on) for on in kinds.values()]
+        2,
+        len(panels),
+        figsize=(7.5, 4.6),
+        sharey="row",
+        sharex="row",
+        height_ratios=[len(on) for on in kinds.values()],
+        squeeze=False,
     )
     units = ("points of accuracy", "% of perplexity")
     for (name, (title, colour)), column in zip(panels.items(), np.transpose(axes), strict=True):
