@@ -15,31 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lrs_utils import (
-    LM,
-    CmaEsSearch,
-    GeneticSearch,
-    GradientSearch,
-    LayerScaling,
-    Ledger,
-    LinearSearch,
-    RandomSearch,
-    RefinementSearch,
-    TpeSearch,
-    score,
-    search,
-    tasks,
-)
-from lrs_utils.analysis.statistics import Interval
-from lrs_utils.searchers.curves import Searcher
-from lrs_utils.searchers.gradient import nll_gradient
-from lrs_utils.searchers.objectives import Objective as Rule
-from lrs_utils.searchers.objectives import mixture, utilisation_then_nll
-
-COLUMNS = ("searcher", "scheme", "vary", "objective")  # of a method, in every table
-
-
-@dataclass(frozen=True)
+from lrs_utils import LM, GradientSearch, LayerScaling, Ledger, RefinementSearch, score, search, tasks
 class Objective:
     """What a search is after: the least weighted sum of mean nll, or, where no weight is given, the paper's U.
 
