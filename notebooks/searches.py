@@ -16,6 +16,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lrs_utils import LM, GradientSearch, LayerScaling, Ledger, RefinementSearch, score, search, tasks
+from lrs_utils.analysis.statistics import Interval
+from lrs_utils.searchers.curves import Searcher
+from lrs_utils.searchers.genetic import GeneticSearch, RandomSearch
+from lrs_utils.searchers.gradient import nll_gradient
+from lrs_utils.searchers.objectives import Objective as Rule
+from lrs_utils.searchers.objectives import mixture, utilisation_then_nll
+from lrs_utils.searchers.rivals import CmaEsSearch, LinearSearch, TpeSearch
+
+COLUMNS = ("searcher", "scheme", "vary", "objective")  # of a method, in every table
+
+
+@dataclass(frozen=True)
 class Objective:
     """What a search is after: the least weighted sum of mean nll, or, where no weight is given, the paper's U.
 
