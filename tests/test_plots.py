@@ -7,6 +7,7 @@ import pytest
 
 from lrs_utils import LayerScaling
 from lrs_utils.analysis import methods, plots
+from lrs_utils.analysis.methods import colour_of
 from lrs_utils.searchers.engine import SearchResult
 
 
@@ -25,7 +26,8 @@ def test_a_budget_line_is_the_mean_of_seeds_as_far_as_all_of_them_went():
         ("GA", 1, 30, 2.5),
         ("line", 0, 40, 0.5),
     ]
-    axes = plots.budget(pd.DataFrame(rows, columns=["by", "seed", "answers", "best"]), "by", ylabel="nats").axes[0]
+    table = pd.DataFrame(rows, columns=["by", "seed", "answers", "best"])
+    axes = plots.budget(table, "by", y="best", ylabel="nats", named=["GA"]).axes[0]
     genetic, line = axes.lines
     at = {x: genetic.get_ydata()[np.searchsorted(genetic.get_xdata(), x)] for x in (9, 14, 16, 21)}
     assert np.isnan(at[9]), "nothing is known before the first candidate"
@@ -33,22 +35,30 @@ def test_a_budget_line_is_the_mean_of_seeds_as_far_as_all_of_them_went():
     assert line.get_ydata()[-1] == 0.5
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (np.nanmin(band), np.nanmax(band)) == (1, 3), "the band is least to most"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["GA", "line"]
+    assert [text.get_text() for text in axes.texts] == ["GA"], "the others are thin, grey and without a name"
+    assert (genetic.get_color(), line.get_color()) == (colour_of("GA"), "0.8")
 
 
 def test_the_front_leaves_out_what_another_point_betters():
-    rows = [("a", 0.0, 0.0), ("a", 2.0, 5.0), ("b", 1.0, 3.0), ("b", 3.0, 4.0)]
-    axes = plots.pareto(pd.DataFrame(rows, columns=["by", "cost", "gain"]), "by", x="cost", y="gain").axes[0]
+    rows = [("GA", 0.0, 0.0), ("GA", 2.0, 5.0), ("TPE", 1.0, 3.0), ("TPE", 3.0, 4.0)]
+    points = pd.DataFrame(rows, columns=["by", "cost", "gain"])
+    axes = plots.pareto(points, "by", x="cost", y="gain", named=["GA"]).axes[0]
     front = axes.lines[0]
     assert front.get_label() == "front"
     assert np.array_equal(front.get_xydata(), [[0, 0], [1, 3], [2, 5]])
-    assert [line.get_label() for line in axes.lines[1:]] == ["a", "b"]
+    assert [line.get_label() for line in axes.lines[1:]] == ["GA", "TPE"]
+    [name] = axes.texts
+    assert (name.get_text(), name.xy) == ("GA", (2, 5)), "a name stands at its last dose"
 
 
-def test_many_ways_are_told_apart_by_colour_and_marker():
-    points = pd.DataFrame({"way": [f"way {i}" for i in range(24)], "cost": range(24), "gain": range(24)})
-    ways = plots.pareto(points, "way", x="cost", y="gain").axes[0].lines[1:]
-    assert len({(line.get_color(), line.get_marker()) for line in ways}) == 24
+def test_a_method_has_one_colour_in_all_figures_and_is_dashed_under_pi():
+    names = ["GA, pi, factors", "GA, ntk, factors"]
+    searches = pd.DataFrame({"by": names, "seed": 0, "answers": 9, "best": [0.1, 0.2]})
+    points = pd.DataFrame({"by": names, "cost": [1, 2], "gain": [3, 4]})
+    budget = plots.budget(searches, "by", y="best", ylabel="nats", named=names).axes[0].lines
+    pareto = plots.pareto(points, "by", x="cost", y="gain", named=names).axes[0].lines[1:]
+    assert {line.get_color() for line in [*budget, *pareto]} == {colour_of("GA")}
+    assert [line.get_linestyle() for line in [*budget, *pareto]] == ["--", "-"] * 2
 
 
 def test_a_generation_shows_its_candidates_and_the_best_up_to_then():

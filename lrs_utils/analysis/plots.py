@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import cycle, product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,10 +10,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from lrs_utils.analysis.methods import label_ends
+from lrs_utils.analysis.methods import colour_of, label_ends
 from lrs_utils.analysis.statistics import Interval
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.layers import LayerScaling
@@ -214,49 +214,72 @@ def generations(result: SearchResult[LayerScaling], shown: int = 4) -> Figure:
     return figure
 
 
-def budget(searches: pd.DataFrame, by: str, *, ylabel: str, ax: Axes | None = None) -> Figure:
-    """Best so far against answers scored, one line for each search method: mean of its seeds, least to most as a band.
+def budget(
+    searches: pd.DataFrame, by: str, *, y: str, ylabel: str, named: Sequence[str] = (), ax: Axes | None = None
+) -> Figure:
+    """What each method has found against answers scored: mean of its seeds, least to most as a band.
 
     Parameters
     ----------
     searches : DataFrame
-        A row for each candidate: `seed`, `answers` scored so far, the `best` so far, and the column `by`.
+        A row for each candidate: `seed`, `answers` scored so far, the best so far `y`, and the method's name `by`.
+    named : sequence of str
+        Methods that have a colour and their name at the end; the others are thin and grey. Scheme "pi" is dashed.
     """
-    ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
-    at = np.linspace(0, searches["answers"].max(), 400)
-    looks = product(["-", "--"], _COLOURS)
-    for (name, rows), (dash, colour) in zip(searches.groupby(by, sort=False), looks, strict=False):
+    ax = ax or plt.subplots(figsize=(7, 3.8))[1]
+    at, ends = np.linspace(0, searches["answers"].max(), 400), {}
+    for name, rows in searches.groupby(by, sort=False):
         lines = []
         for _, one in rows.groupby("seed"):
             last = np.searchsorted(one["answers"], at, side="right") - 1  # candidate scored by then, -1 for none
-            line = np.where(last < 0, np.nan, one["best"].to_numpy()[last])
+            line = np.where(last < 0, np.nan, one[y].to_numpy()[last])
             lines.append(np.where(at > one["answers"].iloc[-1], np.nan, line))
-        ax.plot(at, np.mean(lines, axis=0), color=colour, linestyle=dash, label=name)
-        if len(lines) > 1:
-            ax.fill_between(at, np.min(lines, axis=0), np.max(lines, axis=0), color=colour, alpha=0.15, linewidth=0)
+        mean, look = np.mean(lines, axis=0), _look(str(name), named)
+        ax.plot(at, mean, **look)
+        if name in named:
+            ends[str(name)] = float(mean[~np.isnan(mean)][-1])
+            if len(lines) > 1:
+                low, high = np.min(lines, axis=0), np.max(lines, axis=0)
+                ax.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
     ax.set(xlabel="answers scored", ylabel=ylabel)
-    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    label_ends(ax, float(at[-1]), ends)
     return _figure(ax)
 
 
-def pareto(points: pd.DataFrame, by: str, *, x: str, y: str, ax: Axes | None = None) -> Figure:
+def pareto(
+    points: pd.DataFrame, by: str, *, x: str, y: str, named: Sequence[str] = (), ax: Axes | None = None
+) -> Figure:
     """Gain of each method against its cost, with its doses joined by a line, and the front that no other point beats.
 
     Parameters
     ----------
     points : DataFrame
         Columns `x` (cost, less is better), `y` (gain) and `by`; rows of a method in the order of its doses.
+    named : sequence of str
+        As for `budget`; a name stands at the last dose.
     """
-    ax = ax or plt.subplots(figsize=(7.5, 4.2))[1]
+    ax = ax or plt.subplots(figsize=(7, 4.2))[1]
     ordered = points.sort_values(x)
     front = ordered[ordered[y] > ordered[y].astype(float).cummax().shift(fill_value=-np.inf)]
-    ax.step(front[x], front[y], where="post", color="0.75", linewidth=4, label="front", zorder=0)
-    looks = zip(cycle(_COLOURS), cycle("osD^vP*"))  # lengths that give each method its own look
-    for (name, rows), (colour, marker) in zip(points.groupby(by, sort=False), looks, strict=False):
-        ax.plot(rows[x], rows[y], color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+    ax.step(front[x], front[y], where="post", color="0.88", linewidth=7, label="front", zorder=0)
+    for name, rows in points.groupby(by, sort=False):
+        look = _look(str(name), named)
+        ax.plot(rows[x], rows[y], marker="o" if name in named else None, markersize=4, label=name, **look)
+        if name in named:
+            ax.annotate(
+                str(name), (rows[x].iloc[-1], rows[y].iloc[-1]), (6, 0), textcoords="offset points", va="center",
+                color=look["color"], fontsize="small", path_effects=[withStroke(linewidth=3, foreground="white")],
+            )  # fmt: skip
     ax.set(xlabel=x, ylabel=y)
-    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return _figure(ax)
+
+
+def _look(name: str, named: Sequence[str]) -> dict[str, Any]:
+    """How a method's line looks where only some are `named`."""
+    dash = "--" if ", pi," in name else "-"
+    if name not in named:
+        return {"color": "0.8", "linewidth": 0.8, "linestyle": dash, "zorder": 0.5}
+    return {"color": colour_of(name), "linewidth": 1.8, "linestyle": dash}
 
 
 def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
