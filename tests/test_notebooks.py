@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from first_screen import fill_first_screen
 from readme import address, colab_cell
 from reproduce import printed_summary
 
@@ -51,6 +52,35 @@ def test_is_committed_as_the_cpu_profile_left_it(path):
     assert_outputs_are_pictures_and_short_text(notebook)
     assert "profile cpu, seed 0" in path.read_text()
     assert not re.search(r"[A-Z]_TEXT\b|COST_|LEARNED|# ASSERTIONS", path.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_begins_with_what_it_found(path):
+    notebook = nbformat.read(path, as_version=4)
+    before = notebook.cells[0].source
+    assert re.search(r"<!-- found -->\n.*\d.*\n\n!\[.{40,}\]\(attachment:figure.png\)\n<!-- end -->", before, re.DOTALL)
+    fill_first_screen(notebook)
+    assert notebook.cells[0].source == before, "python tools/first_screen.py notebooks/*.ipynb writes it again"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_shows_what_its_cells_do(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert 5 * sum(not cell.outputs for cell in code) <= len(code), "one cell in five may show nothing"
+    shown = [cell for cell in code if not cell.metadata.get("jupyter", {}).get("source_hidden")]
+    assert [cell.source for cell in shown if len(cell.source.splitlines()) > 15] == []
+    outputs = [output for cell in code for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    described = [output.metadata.get("image/png", {}).get("alt", "") for output in pictures]
+    assert all(len(alt) > 40 for alt in described), described
+    tables = [any("<table" in str(o.get("data", {}).get("text/html", "")) for o in c.get("outputs", [])) for c in cells]
+    assert not any(all(tables[i : i + 3]) for i in range(len(tables) - 2)), "at most two tables in a row"
+
+
+def test_every_committed_figure_says_in_words_what_it_shows():
+    silent = [path.name for path in sorted((ROOT / "figures").glob("0*.svg")) if "<desc>" not in path.read_text()]
+    assert silent == []
 
 
 def assert_outputs_are_pictures_and_short_text(notebook):

@@ -205,10 +205,11 @@ def _parameters(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[
 
 
 def _digest(path: Path, parameters: dict[str, Any]) -> str:
-    """A hash of what a run depends on: code, parameters, profile, the package with its data, versions."""
+    """A hash of what a run depends on: code, parameters, modules beside notebooks, the package with data, versions."""
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]  # type: ignore[no-untyped-call]
     package = [path for path in sorted((ROOT / "lrs_utils").rglob("*")) if path.is_file()]
     files = [path for path in package if path.parent.name != "__pycache__"]
+    files += sorted((ROOT / "notebooks").glob("*.py"))
     parts = [json.dumps([parameters, code, versions()]).encode(), *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
