@@ -3,7 +3,6 @@ import shutil
 import subprocess
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,12 +21,14 @@ from lrs_utils import (
     tasks,
 )
 from lrs_utils.models.tiny import TINY
+from lrs_utils.playground.accuracies import list_accuracies
+from lrs_utils.playground.editor import read_script
 from lrs_utils.playground.measured import read_measured
 from lrs_utils.playground.playground import Playground
 from lrs_utils.playground.prediction import Surrogate
-from lrs_utils.playground.widget import list_accuracies, show
+from lrs_utils.playground.widget import show
+from lrs_utils.scaling.files import save_factors
 
-SCRIPT = Path(__file__).parent.parent / "lrs_utils" / "playground" / "widget.js"
 CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 
 
@@ -203,6 +204,99 @@ def test_saved_factors_are_those_shown(play, tmp_path):
     assert content["measured"]["contexts"] == 5
 
 
+def test_a_file_is_shown_whole_and_a_control_point_takes_its_factors_along(play, tmp_path):
+    factors, temperatures = [2.5, 0.3, 1, 1, 1, 1, 1.2, 1], [0.8, 1, 1, 1, 1, 1, 1, 1.4]
+    mine = LayerScaling(factors, "ntk", temperatures)
+    save_factors(tmp_path / "mine.json", mine)
+    play.load(tmp_path / "mine.json")
+    assert play.scaling == mine
+    assert play.is_shown("temperatures")
+    assert not play.follows_curve
+    play.wait()
+    assert len(play.measured[mine.key].exact) == 5
+    assert play.prediction() is None
+    play.move(0, 0, 1.1)
+    assert play.follows_curve
+    assert play.scaling.temperatures == mine.temperatures
+    play.wait()
+    play.undo()
+    assert play.scaling == mine
+    play.save(tmp_path / "again.json")
+    assert load_factors(tmp_path / "again.json") == mine
+
+
+def test_a_file_of_a_curve_brings_its_control_points_and_numbers_of_heads_are_kept(play, tmp_path):
+    play.use(CURVE)
+    play.save(tmp_path / "curve.json")
+    play.use_preset("no scaling")
+    play.load(tmp_path / "curve.json")
+    assert play.curve == CURVE
+    heads = HeadScaling(gains=np.full((8, 4), 1.1), layers=LayerScaling((1.2,) * 8))
+    save_factors(tmp_path / "heads.json", heads)
+    play.load(tmp_path / "heads.json")
+    play.wait()
+    assert play.scaling == heads
+    assert len(play.measured[heads.key].exact) == 5
+    play.move(0, 0, 0.9)
+    assert play.scaling.gains == heads.gains
+    play.use_preset("no scaling")
+    assert play.scaling == play.unscaled
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no file; by name there are"),
+        (LayerScaling((1.1,) * 4), "it is of 4 layers, and this model has 8"),
+        (HeadScaling(gains=np.full((8, 2), 1.1)), "it is of 2 heads a layer, and this model has 4"),
+        (ExtendedScaling((1.1,) * 8, extension=2.0, combine="divide"), "it reads beyond the window"),
+        ("{}", "is not a factor file"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_sentence_and_changes_nothing(play, tmp_path, content, said):
+    file = tmp_path / "f.json"
+    if isinstance(content, str):
+        file.write_text(content)
+    elif content is not None:
+        save_factors(file, content)
+    widgets = parts(show(play, save_to=file, editor=False))
+    before = play.state
+    widgets["Load factors"].click()
+    assert said in play.status
+    assert "Error" not in play.status
+    assert play.state == before
+    assert not play.busy
+
+
+def test_a_file_of_another_model_is_shown_with_a_caution(play, tmp_path):
+    save_factors(tmp_path / "f.json", LayerScaling((1.1,) * 8), model="another", fingerprint="0" * 16)
+    play.load(tmp_path / "f.json")
+    play.wait()
+    assert "was found on another" in play.status
+    play.move(0, 0, 0.9)
+    play.wait()
+    assert "was found on another" not in play.status
+
+
+def test_what_ships_for_a_model_can_be_chosen_by_name(deep, tmp_path, monkeypatch):
+    names = ["tiny-deep/mine", "another/mine"]
+    monkeypatch.setattr("lrs_utils.playground.widget.shipped", lambda: names)
+    play = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 2, ledger=tmp_path / "ledger.sqlite")
+    widgets = parts(show(play))
+    assert widgets["load"].options == ("", "tiny-deep/mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-deep").mkdir()
+    save_factors("tiny-deep/mine", LayerScaling((1.1,) * 8, temperatures=(1.2,) * 8))
+    widgets["load"].value = "tiny-deep/mine"
+    assert play.scaling.temperatures == (1.2,) * 8
+    assert widgets["temperatures"].value
+    assert "temperatures=[1.2" in widgets["as Python"].value
+    widgets["temperatures"].value = False
+    assert play.scaling == LayerScaling((1.1,) * 8)
+    assert widgets["load"].value == "", "it is another scaling now"
+    play.stop()
+
+
 def test_a_model_with_too_few_layers_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="tiny-llama has 2 layers to scale"):
         Playground(tiny, tasks.kv_retrieval, 4, 5, ledger=tmp_path / "ledger.sqlite")
@@ -243,7 +337,7 @@ def test_sliders_move_the_curve_and_follow_it(play, tmp_path):
 def test_the_editor_and_the_playground_keep_each_other_up_to_date(play):
     editor = show(play).children[0]
     editor.dragging = True
-    editor.points = [[0, 0.7], [2, 1.0], [5, 1.3], [7, 1.1]]
+    editor.numbers = editor.numbers | {"points": [[0, 0.7], [2, 1.0], [5, 1.3], [7, 1.1]]}
     assert play.curve == CURVE
     assert editor.state["factors"] == list(play.scaling.factors)
     assert not play.busy
@@ -251,7 +345,7 @@ def test_the_editor_and_the_playground_keep_each_other_up_to_date(play):
     play.wait()
     assert {curve["kind"] for curve in editor.state["curves"]} >= {"baseline", "current"}
     play.undo()
-    assert editor.points[0] == [0, 1.0]
+    assert editor.numbers["points"][0] == [0, 1.0]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
@@ -263,12 +357,10 @@ def test_the_browser_samples_curves_as_python_does(tmp_path):
         curves.append(list(zip(layers, np.round(chance.integers(14, 25, 4) * 0.05, 2).tolist(), strict=True)))
     config = {"layers": 30, "first": 2, "step": 0.05, "low": 0.7, "high": 1.2}
     program = f"""
-        import {{ sampleFactors }} from {json.dumps(SCRIPT.as_uri())};
+        import {{ sampleFactors }} from "./playground.mjs";
         console.log(JSON.stringify({json.dumps(curves)}.map((points) => sampleFactors(points, {json.dumps(config)}))));
     """
-    (tmp_path / "program.mjs").write_text(program)
-    shutil.copy(SCRIPT, tmp_path / "playground.mjs")
-    program = program.replace(SCRIPT.as_uri(), "./playground.mjs")
+    (tmp_path / "playground.mjs").write_text(read_script())
     (tmp_path / "program.mjs").write_text(program)
     sampled = json.loads(subprocess.run(["node", tmp_path / "program.mjs"], capture_output=True, check=True).stdout)
     different = 0

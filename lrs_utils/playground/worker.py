@@ -16,7 +16,7 @@ from lrs_utils.models.turns import used_alone
 from lrs_utils.playground.measured import MeasuredScaling, read_measured
 from lrs_utils.playground.prediction import Surrogate, fit_surrogate
 from lrs_utils.progress import SilentProgress
-from lrs_utils.scaling.base import reachable_decoder
+from lrs_utils.scaling.base import Scaling, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import score
@@ -108,7 +108,7 @@ class Measurer:
         with self._lock:
             self.suite, self.measured, self.surrogate = suite, measured, surrogate
 
-    def _start(self, scaling: LayerScaling, delay: float) -> None:
+    def _start(self, scaling: Scaling, delay: float) -> None:
         """Measure a scaling as far as it is not known, once `delay` seconds have passed without another call."""
         with self._lock:
             self._cancel()
@@ -121,7 +121,7 @@ class Measurer:
         with self._lock:
             self._over.set()
 
-    def _run(self, scaling: LayerScaling, delay: float, over: threading.Event) -> None:
+    def _run(self, scaling: Scaling, delay: float, over: threading.Event) -> None:
         """In a thread of its own: wait until changes have settled and the model is free, then measure."""
         message = ""
         try:
@@ -141,7 +141,7 @@ class Measurer:
                     self._message = message
             self._tell_listeners(moved=False)
 
-    def _measure(self, scaling: LayerScaling, over: threading.Event) -> None:
+    def _measure(self, scaling: Scaling, over: threading.Event) -> None:
         with self._lock:
             if over.is_set():
                 return
@@ -171,7 +171,7 @@ class Measurer:
                     )
                 self._tell_listeners(moved=False)
 
-    def _list_unmeasured(self, scaling: LayerScaling) -> list[tuple[int, LayerScaling]]:
+    def _list_unmeasured(self, scaling: Scaling) -> list[tuple[int, Scaling]]:
         """Contexts that the scaling and the baseline still lack, in the order in which they are measured."""
         return [
             (context, wanted)
@@ -180,7 +180,7 @@ class Measurer:
             if wanted.key not in self.measured or context not in self.measured[wanted.key].exact
         ]
 
-    def _add(self, scaling: LayerScaling, context: int, exact: NDArray[np.bool_]) -> None:
+    def _add(self, scaling: Scaling, context: int, exact: NDArray[np.bool_]) -> None:
         before = self.measured.get(scaling.key, MeasuredScaling(scaling, {}))
         after = replace(before, exact={**before.exact, context: exact})
         self.measured = {**self.measured, scaling.key: after}

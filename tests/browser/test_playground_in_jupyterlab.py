@@ -115,7 +115,7 @@ def page(lab):
         finally:
             page.screenshot(path=KEPT / "opened.png")
         page.locator(".lrs-playground").scroll_into_view_if_needed()
-        page.locator(".widget-dropdown", has_text="preset").locator("select").select_option("no scaling")
+        dropdown(page, "preset").select_option("no scaling")
         expect(page.locator(".lrs-handle").nth(3)).to_have_attribute("aria-valuetext", "layer 29, factor 1")
         page.evaluate(CLOCKS)
         yield page
@@ -124,7 +124,16 @@ def page(lab):
 
 
 def factors(page: Page) -> list[float]:
-    return page.eval_on_selector_all(".lrs-bars rect", "bars => bars.map(bar => Number(bar.dataset.factor))")
+    return bars(page, "factors")
+
+
+def bars(page: Page, name: str) -> list[float]:
+    found = page.locator(f".lrs-{name} .lrs-slider")
+    return found.evaluate_all("bars => bars.map(bar => Number(bar.dataset.value))")
+
+
+def dropdown(page: Page, name: str):
+    return page.locator(".widget-dropdown").filter(has=page.get_by_text(name, exact=True)).locator("select")
 
 
 def curve_of(page: Page) -> BezierCurve:
@@ -280,3 +289,47 @@ def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
     note("input to paint while the kernel is busy, 95th percentile", float(np.quantile(paints, 0.95)))
     expect(page.get_by_text("kernel free")).to_be_attached(timeout=30_000)
     expect_status(page, "measured on 6 of 6 contexts")
+
+
+def test_a_shipped_file_is_shown_with_its_temperatures(page):
+    found = load_factors("smollm2-135m/layers-general")
+    dropdown(page, "load").select_option("smollm2-135m/layers-general")
+    expect(page.locator(".lrs-temperatures .lrs-slider")).to_have_count(30)
+    assert bars(page, "factors") == list(found.factors)
+    assert bars(page, "temperatures") == list(found.temperatures)
+    expect_status(page, "measured on 6 of 6 contexts")
+    page.screenshot(path=KEPT / "4-file.png")
+
+
+def test_a_missing_file_is_one_sentence_and_changes_nothing(page):
+    before = factors(page)
+    page.get_by_role("textbox", name="file").fill("nowhere.json")
+    page.get_by_role("button", name="Load factors").click()
+    expect_status(page, "nowhere.json is no file; by name there are")
+    assert factors(page) == before
+
+
+def test_a_bar_is_dragged_alone_and_moved_by_arrow_keys(page):
+    before = factors(page)
+    bar = page.locator(".lrs-factors .lrs-slider").nth(14)
+    box = bar.locator(".lrs-grip").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(10):
+        page.mouse.move(x, y - 2 * step)
+    page.screenshot(path=KEPT / "5-bar.png")
+    page.mouse.up()
+    after = factors(page)
+    assert [layer for layer in range(30) if before[layer] != after[layer]] == [14]
+    assert after[14] > before[14]
+    assert after[14] * 20 == pytest.approx(round(after[14] * 20))
+    page.keyboard.press("ArrowDown")
+    assert factors(page)[14] == pytest.approx(after[14] - 0.05)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    assert factors(page)[15] > before[15]
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "factor of layer 15"
+    expect_status(page, "measured on 6 of 6 contexts")
+    dropdown(page, "preset").select_option("no scaling")
+    expect(page.locator(".lrs-slider").nth(14)).to_have_attribute("aria-valuenow", "1")
