@@ -1,12 +1,14 @@
 import json
 import shutil
 import subprocess
+import threading
 import time
 from functools import partial
 
 import numpy as np
 import pytest
 from compare_predictions import leave_one_out, take_mean, take_nearest
+from matplotlib.colors import to_hex
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils import (
@@ -20,10 +22,14 @@ from lrs_utils import (
     score,
     tasks,
 )
+from lrs_utils.analysis.methods import colour_of
+from lrs_utils.analysis.statistics import bootstrap_mean
 from lrs_utils.models.tiny import TINY
-from lrs_utils.playground.accuracies import list_accuracies
+from lrs_utils.playground.accuracies import choose_colours, describe_difference, list_accuracies
+from lrs_utils.playground.comparison import find_difference
 from lrs_utils.playground.editor import read_script
-from lrs_utils.playground.measured import read_measured
+from lrs_utils.playground.improving import suite_to_learn
+from lrs_utils.playground.measured import MeasuredScaling, read_measured
 from lrs_utils.playground.playground import Playground
 from lrs_utils.playground.prediction import Surrogate
 from lrs_utils.playground.widget import show
@@ -280,7 +286,7 @@ def test_a_file_of_another_model_is_shown_with_a_caution(play, tmp_path):
 
 def test_what_ships_for_a_model_can_be_chosen_by_name(deep, tmp_path, monkeypatch):
     names = ["tiny-deep/mine", "another/mine"]
-    monkeypatch.setattr("lrs_utils.playground.widget.shipped", lambda: names)
+    monkeypatch.setattr("lrs_utils.playground.loading.shipped", lambda: names)
     play = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 2, ledger=tmp_path / "ledger.sqlite")
     widgets = parts(show(play))
     assert widgets["load"].options == ("", "tiny-deep/mine")
@@ -295,6 +301,162 @@ def test_what_ships_for_a_model_can_be_chosen_by_name(deep, tmp_path, monkeypatc
     assert play.scaling == LayerScaling((1.1,) * 8)
     assert widgets["load"].value == "", "it is another scaling now"
     play.stop()
+
+
+def test_each_gradient_step_is_shown_and_measured_and_all_of_them_are_one_step_back(play):
+    play.use(CURVE)
+    play.wait()
+    before, seen = play.state, []
+    play.subscribe(lambda moved: seen.append((play.scaling.key, play.status)) if moved else None)
+    play.improve("both", 3, n_contexts=2)
+    play.wait()
+    keys = [key for key, _ in seen]
+    assert len({*keys, before.scaling.key}) == 4
+    assert ["step 1 of 3" in seen[0][1], "step 3 of 3" in seen[2][1]] == [True, True]
+    assert all("on other contexts" in said for _, said in seen)
+    assert [len(play.measured[key].exact) for key in keys] == [2, 2, 5]
+    assert "measured on 5 of 5 contexts" in play.status
+    assert play.curve == CURVE
+    assert not play.follows_curve
+    assert play.is_shown("temperatures")
+    after = play.state
+    play.undo()
+    assert play.state == before
+    play.redo()
+    assert play.state == after
+
+
+def test_steps_follow_other_contexts_than_those_measured_where_there_are_any():
+    suite = tasks.kv_retrieval(4, 3, keys="short")
+    learned = suite_to_learn(partial(tasks.kv_retrieval, 4, keys="short"), suite)
+    assert len(learned.probes) == 3
+    assert not {probe.context for probe in learned.probes} & {probe.context for probe in suite.probes}
+    assert suite_to_learn(lambda _: suite, suite) is suite
+
+
+def test_numbers_of_heads_are_improved_and_the_scheme_stays(play):
+    play.set_scheme("ntk")
+    play.improve("heads", 1)
+    play.wait()
+    assert play.scaling.gains is not None
+    assert play.scaling.temperatures is not None
+    assert play.scheme == "ntk"
+    with pytest.raises(ValueError, match="vary is 'all'"):
+        play.improve("all")
+
+
+def test_a_change_ends_the_steps_and_where_they_led_can_be_gone_back_to(play, deep):
+    arrived = threading.Event()
+    play.subscribe(lambda moved: arrived.set() if moved else None)
+    handle = slowed(deep, 0.05)
+    play.improve("factors", 50)
+    arrived.wait(20)
+    reached = play.state
+    play.drag(True)
+    assert not play.busy
+    play.move(0, 0, 0.9)
+    play.drag(False)
+    handle.remove()
+    play.wait()
+    assert play.follows_curve
+    play.undo()
+    assert play.state == reached
+    play.undo()
+    assert play.scaling == play.unscaled
+
+
+def test_steps_are_cancelled_between_layers_on_the_way_back_too(play, deep):
+    passed = []
+    last, first = deep.model.model.layers[-1], deep.model.model.layers[0]
+
+    def note(layer, output):
+        def passing(_):
+            passed.append(layer)
+            play._cancel()
+
+        if output.requires_grad:
+            output.register_hook(passing)
+
+    handles = [layer.register_forward_hook(lambda of, _, output: note(of, output)) for layer in (first, last)]
+    play.improve("both", 2)
+    play.wait()
+    for handle in handles:
+        handle.remove()
+    assert passed == [last]
+    assert play.scaling == play.unscaled
+    assert "stopped" in play.status
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in deep.model.model.layers)
+
+
+def test_what_has_no_gradient_is_said(play):
+    play.set_scheme("yarn")
+    play.improve()
+    play.wait()
+    assert "scheme 'yarn' has no gradient" in play.status
+    widgets = parts(show(play, editor=False))
+    widgets["scheme"].value = "pi"
+    widgets["space"].value = "factors"
+    widgets["steps"].value = 1
+    widgets["Improve"].click()
+    play.wait()
+    assert play.scaling != play.unscaled
+
+
+def test_two_files_are_compared_context_by_context_and_the_scaling_shown_stays(play, tmp_path):
+    hot, cold = (LayerScaling((1.0,) * 8, temperatures=(t,) * 8) for t in (1.5, 0.5))
+    widgets = parts(show(play, save_to=tmp_path / "hot.json", editor=False))
+    save_factors(tmp_path / "hot.json", hot)
+    save_factors(tmp_path / "cold.json", cold)
+    for name in ("hot", "cold"):
+        widgets["file"].value = str(tmp_path / f"{name}.json")
+        widgets["Load factors"].click()
+    play.use(CURVE)
+    shown = play.scaling
+    widgets["compare"].value = str(tmp_path / "hot.json")
+    assert play.comparison is None
+    widgets["with"].value = str(tmp_path / "cold.json")
+    play.wait()
+    assert play.scaling == shown
+    assert [len(play.measured[scaling.key].exact) for scaling in (hot, cold, shown)] == [5, 5, 5]
+    assert [curve["kind"] for curve in list_accuracies(play)] == ["baseline", "first", "second", "current"]
+    difference = describe_difference(play)
+    first, second = (np.array([play.measured[of.key].exact[at] for at in range(5)], float) for of in (hot, cold))
+    np.testing.assert_allclose(difference["mean"], (first - second).mean(axis=0), atol=1e-4)
+    interval = bootstrap_mean((first - second).mean(axis=1))
+    assert difference["name"] == (
+        f"hot minus cold: {float(interval.mean):+.3f} [{float(interval.low):+.3f}, {float(interval.high):+.3f}], "
+        "5 contexts"
+    )
+    widgets["with"].value = ""
+    assert play.comparison is None
+    assert describe_difference(play) is None
+
+
+def test_a_comparison_with_a_file_that_is_gone_changes_nothing(play, tmp_path):
+    save_factors(tmp_path / "a.json", LayerScaling((1.1,) * 8))
+    with pytest.raises(FileNotFoundError):
+        play.compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert play.comparison is None
+    assert not play.busy
+
+
+def test_a_difference_has_an_interval_from_two_contexts_on_that_both_know():
+    ones, zeros = np.ones(3, bool), np.zeros(3, bool)
+    scaling = LayerScaling.identity(2)
+    first = MeasuredScaling(scaling, {0: ones, 1: ones, 2: zeros})
+    assert find_difference(first, MeasuredScaling(scaling, {0: zeros})) is None
+    found = find_difference(first, MeasuredScaling(scaling, {1: zeros, 2: zeros, 5: ones}))
+    assert found.n_contexts == 2
+    assert float(found.mean.mean) == 0.5
+    np.testing.assert_array_equal(found.by_depth.mean, [0.5] * 3)
+
+
+def test_compared_files_have_the_colours_of_their_methods_where_they_differ():
+    of = {name: to_hex(colour_of(name)) for name in ("GA", "layers")}
+    assert choose_colours(("m/ga", "m/layers-best")) == (of["GA"], of["layers"])
+    first, second = choose_colours(("m/layers-best", "m/layers-general"))
+    assert first != second
+    assert choose_colours(("mine.json", "m/ga"))[1] == of["GA"]
 
 
 def test_a_model_with_too_few_layers_is_named(tiny, tmp_path):

@@ -44,7 +44,7 @@ class Editor(anywidget.AnyWidget):
         config |= {"low": low, "high": high, "lowest": lowest, "highest": highest}
         super().__init__(config=config, numbers=self._list_numbers(), state={"curves": []})
 
-    def send(self, moved: bool, accuracies: list[dict[str, Any]]) -> None:
+    def send(self, moved: bool, accuracies: list[dict[str, Any]], difference: dict[str, Any] | None) -> None:
         """Send what has changed to the browser; the numbers only if the playground moved them."""
         playground, numbers = self._playground, self._list_numbers()
         if moved:
@@ -53,6 +53,7 @@ class Editor(anywidget.AnyWidget):
             "status": playground.status,
             "python": write_python(playground),
             "curves": accuracies,
+            "difference": difference,
             "numbers": numbers,
             "factors": list(playground.state.layers.factors),
         }

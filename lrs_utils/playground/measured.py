@@ -15,7 +15,7 @@ from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.tasks import Suite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeasuredScaling:
     """A scaling and its verdicts so far, by context, each of shape (questions,)."""
 

@@ -3,22 +3,28 @@
 `Playground` needs neither browser nor kernel; `widget.show` puts it on the screen.
 """
 
-import warnings
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lrs_utils.arguments import whole
 from lrs_utils.models.load import LM
+from lrs_utils.playground.comparison import Comparison
+from lrs_utils.playground.history import History
+from lrs_utils.playground.improving import SPACES, suite_to_learn, take_steps
+from lrs_utils.playground.loading import Loaded, load_state
 from lrs_utils.playground.measured import MeasuredScaling
 from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, is_predicted
 from lrs_utils.playground.state import Grid, State
-from lrs_utils.playground.worker import Measurer
+from lrs_utils.playground.worker import Cancelled, Measurer
 from lrs_utils.scaling.bezier import BezierCurve
-from lrs_utils.scaling.files import load_factors, read_factors, save_factors
+from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import n_heads
@@ -30,9 +36,10 @@ _SETTLE_SECONDS = 0.25  # after the last move of a slider or key; the release of
 class Playground(Measurer):
     """One scaling, which the user changes, and what is known of it.
 
-    It comes from a curve (`move`, `use`), from a file (`load`) or from single numbers (`set_number`). After every
-    change the running measurement is cancelled, and a new one begins in the background once nothing has changed for a
-    quarter of a second; during a `drag` none begins, at its end at once. Whoever shows it subscribes.
+    It comes from a curve (`move`, `use`), from a file (`load`), from single numbers (`set_number`) or from gradient
+    steps (`improve`). After every change the running measurement is cancelled, and a new one begins in the background
+    once nothing has changed for a quarter of a second; during a `drag` none begins, at its end at once. Whoever shows
+    it subscribes.
 
     Parameters
     ----------
@@ -73,9 +80,10 @@ class Playground(Measurer):
         self.presets = self.grid.make_presets() | dict(presets or {})
         self.state = State(self.unscaled, None, self.presets["no scaling"])
         self.switched_on: frozenset[str] = frozenset()
-        self._steps, self._step_shown = [self.state], 0  # those after it were undone
-        self._dragged = False
-        self._loaded = ("", self.state, "")  # the last file, its state, and a caution about it
+        self._history = History(self.state)
+        self._dragged = self._improves = False
+        self._loaded = Loaded("", self.state)  # the last file
+        self.comparison: Comparison | None = None
         self.set_size(n_pairs, n_contexts)
 
     @property
@@ -106,8 +114,7 @@ class Playground(Measurer):
     @property
     def file(self) -> str:
         """The factor file that is shown, or nothing."""
-        name, loaded, _ = self._loaded
-        return name if loaded == self.state else ""
+        return self._loaded.name if self._loaded.state == self.state else ""
 
     @property
     def best(self) -> MeasuredScaling | None:
@@ -123,12 +130,12 @@ class Playground(Measurer):
     @property
     def can_undo(self) -> bool:
         """Whether `undo` would change anything."""
-        return self._step_shown > 0 or self.state != self._steps[0]
+        return self._history.can_undo(self.state)
 
     @property
     def can_redo(self) -> bool:
         """Whether `redo` would change anything."""
-        return self._step_shown < len(self._steps) - 1
+        return self._history.can_redo
 
     def prediction(self) -> NDArray[np.float64] | None:
         """Accuracy by depth that the surrogate expects, or None while too little is known."""
@@ -155,20 +162,31 @@ class Playground(Measurer):
         Raises
         ------
         OSError, ValueError
-            Of `load_factors`, or a scaling that doesn't fit the model; then nothing has changed.
+            Of `load_factors`, or of a scaling that doesn't fit the model; then nothing has changed.
         """
-        with warnings.catch_warnings(record=True) as cautions:
-            warnings.simplefilter("always", UserWarning)
-            scaling, content = load_factors(path, self.lm), read_factors(path)
-        try:
-            state = State.of(scaling, self.curve)
-            self.grid.refuse_misfit(state)
-            if drawn := content.get("curve"):
-                state = self.grid.on_curve(state, BezierCurve(drawn["layers"], drawn["values"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} can't be shown: {error}") from error
-        self._loaded = (str(path), state, ". ".join(str(caution.message) for caution in cautions))
-        self._change(state)
+        self._loaded = load_state(path, self.lm, self.grid, self.state)
+        self._change(self._loaded.state)
+
+    def compare(self, first: str | Path, second: str | Path) -> None:
+        """Measure two factor files side by side, in the background; the scaling shown stays.
+
+        Raises
+        ------
+        OSError, ValueError
+            As in `load`.
+        """
+        loaded = [load_state(path, self.lm, self.grid, self.state) for path in (first, second)]
+        names, scalings = zip(*((of.name, of.state.scaling) for of in loaded), strict=True)
+        with self._lock:
+            self.comparison = Comparison(names, scalings)
+            self._begin(partial(self._measure, [*scalings, self.scaling]), delay=0.0)
+            self._message = ""
+        self._tell_listeners(moved=False)
+
+    def end_comparison(self) -> None:
+        """Show the best so far and predictions again."""
+        self.comparison = None
+        self._tell_listeners(moved=False)
 
     def set_number(self, name: str, value: float, layer: int, head: int | None = None) -> None:
         """Set one of the "factors" or "temperatures" of layers; it snaps to the grid's steps."""
@@ -219,6 +237,26 @@ class Playground(Measurer):
             self._start(self.scaling, delay=0.0)
         self._tell_listeners(moved=False)
 
+    def improve(self, vary: str = "both", n_steps: int = 20, *, rate: float = 0.05, n_contexts: int = 2) -> None:
+        """Take gradient steps from the scaling shown, in the background; any change or `stop` ends them.
+
+        Each step's scaling is shown, and measured on the first so many contexts; the last one on all. Steps follow the
+        nll of other contexts than those measured, where there are any.
+
+        Parameters
+        ----------
+        vary : str
+            Which numbers are learned, a name of `improving.SPACES`.
+        """
+        if vary not in SPACES:
+            raise ValueError(f"vary is {vary!r}; choose one of {', '.join(SPACES)}")
+        whole("n_steps", n_steps, least=1)
+        with self._lock:
+            self._remember_step()
+            self._begin(partial(self._improve, vary, n_steps, rate, n_contexts), delay=0.0)
+            self._improves, self._message = True, "the first step"
+        self._tell_listeners(moved=False)
+
     def undo(self) -> None:
         """Back to the scaling before the last change."""
         self._show_step(-1)
@@ -243,6 +281,33 @@ class Playground(Measurer):
             self._message = line
         self._tell_listeners(moved=False)
 
+    def _improve(self, vary: str, n_steps: int, rate: float, n_contexts: int, over: threading.Event) -> None:
+        suite = suite_to_learn(partial(self._make_suite, self.n_pairs), self.suite)
+        where = "the same contexts" if suite is self.suite else "other contexts"
+        for step in take_steps(self.lm, suite, self.scaling, vary, n_steps, rate, self._ledger):
+            done = f"step {step.number} of {n_steps}, nll {step.nll:.3f} on {where}"
+            with self._lock:
+                if over.is_set():
+                    raise Cancelled
+                self.state, self._message = self.state.show(step.scaling), done
+            self._tell_listeners(moved=True)
+            self._measure([self.scaling], over, n_contexts, f"{done}; ")
+        with self._lock:
+            if not over.is_set():
+                self._end_improving()
+        self._measure([self.scaling], over)
+
+    def _end_improving(self) -> None:
+        """Make where the steps led a step to come back to."""
+        if self._improves:
+            self._improves = False
+            self._remember_step()
+
+    def _cancel(self) -> None:
+        with self._lock:
+            self._end_improving()
+            super()._cancel()
+
     def _change(self, state: State) -> None:
         with self._lock:
             self._replace(state)
@@ -251,24 +316,18 @@ class Playground(Measurer):
     def _replace(self, state: State) -> None:
         if state == self.state:
             return
+        self._cancel()  # before: what is left may be a step to come back to
         self.state = state
-        self._cancel()
         if not self._dragged:
             self._start(self.scaling, _SETTLE_SECONDS)
         self._message = ""
 
     def _remember_step(self) -> None:
-        """Make the present state a step to come back to; steps that were undone are forgotten."""
-        if self._steps[self._step_shown] != self.state:
-            self._step_shown += 1
-            self._steps[self._step_shown :] = [self.state]
+        self._history.remember(self.state)
 
     def _show_step(self, by: int) -> None:
-        """Move `by` steps along the history, as far as it goes."""
         with self._lock:
-            self._remember_step()
-            self._step_shown = min(max(self._step_shown + by, 0), len(self._steps) - 1)
-            self._replace(self._steps[self._step_shown])
+            self._replace(self._history.go(by, self.state))
         self._tell_listeners(moved=True)
 
     def _describe_scaling(self) -> str:
@@ -277,11 +336,10 @@ class Playground(Measurer):
             done = f"{len(measured.exact)} of {len(self.suite.probes)} contexts"
             line = f"measured on {done}: {measured.mean:.3f} of all answers exact"
         if not is_predicted(self.scaling):
-            line += f"; predictions are for factors of {PREDICTED_SCHEME} only"
+            line += f"; predictions are only for factors under {PREDICTED_SCHEME}"
         elif self.surrogate is None:
             line += f"; no prediction before {FEWEST_SCALINGS} scalings are known"
-        _, loaded, caution = self._loaded
-        return f"{line}. {caution}" if caution and loaded == self.state else line
+        return f"{line}. {self._loaded.caution}" if self._loaded.caution and self.file else line
 
     def _of_preset(self, curve: BezierCurve) -> State:
         return State(LayerScaling(self.grid.sample(curve), self.scheme), None, curve)

@@ -32,16 +32,16 @@ class State:
     heads: HeadScaling | None
     curve: BezierCurve
 
-    @classmethod
-    def of(cls, scaling: Scaling, curve: BezierCurve) -> "State":
-        """The parts of any scaling within the window."""
+    def show(self, scaling: Scaling) -> "State":
+        """The parts of any scaling within the window; the curve stays, and the scheme where no factor has one."""
         heads = scaling if isinstance(scaling, HeadScaling) else None
-        layers = scaling if heads is None else heads.layers or LayerScaling.identity(heads.num_layers)
+        unscaled = replace(self.layers, factors=(1.0,) * len(scaling.settings), temperatures=None)
+        layers = scaling if heads is None else heads.layers or unscaled
         if not isinstance(layers, LayerScaling) or isinstance(layers, ExtendedScaling):
             raise ValueError("it reads beyond the window, which the playground does not show")
         if heads is None:
-            return cls(layers, None, curve)
-        return cls(layers, _of_heads(layers, heads.temperatures, heads.gains, heads.mlp_gains), curve)
+            return State(layers, None, self.curve)
+        return State(layers, _of_heads(layers, heads.temperatures, heads.gains, heads.mlp_gains), self.curve)
 
     @property
     def scaling(self) -> LayerScaling | HeadScaling:
@@ -95,10 +95,6 @@ class Grid:
     def sample(self, curve: BezierCurve) -> tuple[float, ...]:
         """A curve's factors."""
         return curve.factors(self.num_layers, self.first_layer, self.step, self.bounds)
-
-    def on_curve(self, state: State, curve: BezierCurve) -> State:
-        """The state with this curve's control points, if its factors are the curve's."""
-        return replace(state, curve=curve) if self.sample(curve) == state.layers.factors else state
 
     def snap(self, value: float, bounds: tuple[float, float] | None = None) -> float:
         """The nearest number of the grid, within the bounds of control points by default."""

@@ -26,23 +26,30 @@ function addStatus(el, model) {
   update();
 }
 
+/** A panel that is there only while there is something to show in it. */
+class Optional {
+  constructor(make, isNeeded) {
+    Object.assign(this, { make, isNeeded, panel: null });
+  }
+
+  draw() {
+    if (this.isNeeded()) (this.panel ??= this.make()).draw();
+    else this.panel?.svg.remove(), (this.panel = null);
+  }
+}
+
 function render({ model, el }) {
   el.classList.add("lrs-playground");
   el.dataset.lmSuppressShortcuts = "true"; // JupyterLab would take the arrow keys
   const [left, right, foot] = ["lrs-column", "lrs-column", "lrs-foot"].map((name) => addDiv(el, name));
   const edited = new Edited(model, () => draw());
-  const panels = [new CurveEditor(left, edited), new Chart(right, edited)];
-  let temperatures = null;
-  const draw = () => {
-    if (edited.numbers.temperatures) {
-      temperatures ??= new Bars(left, edited, "temperatures", "temperature", 170, 130);
-      temperatures.draw();
-    } else {
-      temperatures?.svg.remove();
-      temperatures = null;
-    }
-    panels.forEach((panel) => panel.draw());
-  };
+  const panels = [
+    new CurveEditor(left, edited),
+    new Chart(right, edited),
+    new Optional(() => new Bars(left, edited, "temperatures", "temperature", 170, 130), () => edited.numbers.temperatures),
+    new Optional(() => new DifferenceChart(right, edited), () => model.get("state").difference),
+  ];
+  const draw = () => panels.forEach((panel) => panel.draw());
   addCopyButton(foot, edited);
   addStatus(foot, model);
   model.on("change:state", draw);

@@ -12,11 +12,12 @@ from typing import Any
 
 import ipywidgets
 
-from lrs_utils.playground.accuracies import list_accuracies, write_table
+from lrs_utils.playground.accuracies import describe_difference, list_accuracies, write_table
 from lrs_utils.playground.editor import Editor, write_python
+from lrs_utils.playground.improving import SPACES
+from lrs_utils.playground.loading import shipped_for
 from lrs_utils.playground.playground import Playground
 from lrs_utils.playground.worker import describe_error
-from lrs_utils.scaling.files import shipped
 from lrs_utils.scaling.rope import SCHEMES
 
 
@@ -48,8 +49,13 @@ class _Panel:
         self._pairs = ipywidgets.BoundedIntText(playground.n_pairs, min=3, max=300, description="pairs")
         self._contexts = ipywidgets.BoundedIntText(playground.n_contexts, min=1, max=1000, description="contexts")
         self._file = ipywidgets.Text(str(save_to), description="file")
-        self._shipped = ipywidgets.Dropdown(options=["", *_list_shipped(playground)], description="load")
+        self._files = ["", *shipped_for(playground.lm)]  # and those that are saved and loaded here
+        self._shipped = ipywidgets.Dropdown(options=self._files, description="load")
+        self._compared = [ipywidgets.Dropdown(options=self._files, description=name) for name in ("compare", "with")]
         self._temperatures = ipywidgets.Checkbox(description="temperatures", indent=False)
+        self._space = ipywidgets.Dropdown(options=SPACES, description="space")
+        self._n_steps = ipywidgets.BoundedIntText(20, min=1, max=1000, description="steps")
+        self._improve = ipywidgets.Button(description="Improve", tooltip="gradient steps from here; Stop ends them")
         names = ("Measure", "Stop", "Undo", "Redo", "Save factors", "Load factors")
         self._buttons = {name: ipywidgets.Button(description=name) for name in names}
         self._status, self._table = ipywidgets.HTML(), ipywidgets.HTML()
@@ -68,9 +74,12 @@ class _Panel:
         self._shipped.observe(self._guard(lambda: self._load(self._shipped.value)), "value")
         switch = self._guard(lambda: playground.switch("temperatures", self._temperatures.value))
         self._temperatures.observe(switch, "value")
+        for compared in self._compared:
+            compared.observe(self._guard(self._compare), "value")
         set_size = self._guard(lambda: playground.set_size(self._pairs.value, self._contexts.value))
         for size in (self._pairs, self._contexts):
             size.observe(set_size, "value")
+        self._improve.on_click(self._guard(lambda: playground.improve(self._space.value, self._n_steps.value)))
         actions = (playground.measure, playground.stop, playground.undo, playground.redo, self._save, self._load_file)
         for button, action in zip(self._buttons.values(), actions, strict=True):
             button.on_click(self._guard(action))
@@ -90,6 +99,8 @@ class _Panel:
             [self._shipped, self._temperatures],
             [self._pairs, self._contexts],
             [self._file, *buttons[4:]],
+            self._compared,
+            [self._space, self._n_steps, self._improve],
             buttons[:4],
         ):
             rows.append(ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}))
@@ -121,12 +132,32 @@ class _Panel:
     def _load(self, path: str) -> None:
         if path:
             self._playground.load(path)
+            self._add_file(path)
+
+    def _compare(self) -> None:
+        first, second = (compared.value for compared in self._compared)
+        if first and second:
+            self._playground.compare(first, second)
+        elif self._playground.comparison is not None:
+            self._playground.end_comparison()
+
+    def _add_file(self, path: str) -> None:
+        """Let a file be compared."""
+        if path in self._files:
+            return
+        self._files.append(path)
+        self._this_thread.refreshing = True
+        for compared in self._compared:
+            value = compared.value
+            compared.options, compared.value = self._files, value
+        self._this_thread.refreshing = False
 
     def _load_file(self) -> None:
         self._load(self._file.value)
 
     def _save(self) -> None:
         self._playground.save(self._file.value)
+        self._add_file(self._file.value)
         self._playground.show_status(f"saved {self._file.value}")
 
     def _refresh(self, moved: bool) -> None:
@@ -151,12 +182,13 @@ class _Panel:
 
     def _refresh_accuracies(self, moved: bool) -> None:
         playground, accuracies = self._playground, list_accuracies(self._playground)
+        difference = describe_difference(playground)
         self._buttons["Undo"].disabled = not playground.can_undo
         self._buttons["Redo"].disabled = not playground.can_redo
         self._buttons["Stop"].disabled = not playground.busy
-        self._status.value, self._table.value = html.escape(playground.status), write_table(accuracies)
+        self._status.value, self._table.value = html.escape(playground.status), write_table(accuracies, difference)
         if self._editor is not None:
-            self._editor.send(moved, accuracies)
+            self._editor.send(moved, accuracies, difference)
 
 
 def _make_sliders(playground: Playground, point: int) -> tuple[ipywidgets.IntSlider, ipywidgets.FloatSlider]:
@@ -165,8 +197,3 @@ def _make_sliders(playground: Playground, point: int) -> tuple[ipywidgets.IntSli
         ipywidgets.IntSlider(min=playground.grid.first_layer, max=last_layer, description=f"P{point + 1} layer"),
         ipywidgets.FloatSlider(min=low, max=high, step=playground.grid.step, description=f"P{point + 1} factor"),
     )
-
-
-def _list_shipped(playground: Playground) -> list[str]:
-    """Names of the factor files that ship for this model."""
-    return [name for name in shipped() if name.startswith(f"{playground.lm.name.split('/')[-1]}/")]

@@ -333,3 +333,32 @@ def test_a_bar_is_dragged_alone_and_moved_by_arrow_keys(page):
     expect_status(page, "measured on 6 of 6 contexts")
     dropdown(page, "preset").select_option("no scaling")
     expect(page.locator(".lrs-slider").nth(14)).to_have_attribute("aria-valuenow", "1")
+
+
+def test_improve_moves_the_bars_step_by_step_and_stop_ends_it_at_once(page):
+    film, before = Film(page), factors(page)
+    dropdown(page, "scheme").select_option("ntk")
+    expect_status(page, "measured on 6 of 6 contexts")
+    page.get_by_role("button", name="Improve").click()
+    began = time.perf_counter()
+    expect_status(page, "step 1 of 20")
+    note("improve to its first step, 8 short pairs", since(began))
+    expect(page.locator(".lrs-temperatures .lrs-slider")).to_have_count(30)
+    first = factors(page)
+    assert first != before
+    for step in (2, 3, 4):
+        expect_status(page, f"step {step} of 20")
+        film.take()
+    note("four steps, each measured on two contexts", since(began))
+    page.screenshot(path=KEPT / "6-improve.png")
+    began = time.perf_counter()
+    page.get_by_role("button", name="Stop").click()
+    expect_status(page, "stopped")
+    note("stop to stopped", since(began))
+    film.save(KEPT / "improve.gif")
+    reached = factors(page)
+    assert reached not in (first, before)
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(".lrs-factors .lrs-slider").nth(5)).to_have_attribute("aria-valuenow", f"{before[5]:g}")
+    assert factors(page) == before
+    dropdown(page, "scheme").select_option("pi")
