@@ -459,6 +459,47 @@ def test_compared_files_have_the_colours_of_their_methods_where_they_differ():
     assert choose_colours(("mine.json", "m/ga"))[1] == of["GA"]
 
 
+def test_numbers_of_single_layers_and_heads_are_set_on_the_grid(play):
+    play.set_number("factors", 1.237, 3)
+    play.set_number("temperatures", 40, 7)
+    play.set_number("head_gains", 0.83, 2, head=1)
+    assert play.scaling.layers == LayerScaling([1, 1, 1, 1.25, 1, 1, 1, 1], temperatures=[1] * 7 + [10])
+    gains = np.ones((8, 4))
+    gains[2, 1] = 0.85
+    np.testing.assert_array_equal(play.scaling.gains, gains)
+    play.set_number("head_gains", 1, 2, head=1)
+    assert play.state.heads is None
+    play.wait()
+
+
+def test_the_editor_changes_numbers_of_layers_and_heads(play):
+    shown = show(play)
+    editor, widgets = shown.children[0], parts(shown)
+    assert editor.numbers["head_gains"] is None
+    assert editor.numbers["factors"] is None, "they follow the curve"
+    widgets["heads"].value = True
+    widgets["temperatures"].value = True
+    assert play.scaling == play.unscaled
+    assert np.array(editor.numbers["head_gains"]).shape == (8, 4)
+    assert editor.numbers["temperatures"] == [1] * 8
+    gains = [list(row) for row in editor.numbers["head_gains"]]
+    gains[5][3] = 1.4
+    editor.numbers = editor.numbers | {"head_gains": gains, "factors": [1.0] * 7 + [0.8]}
+    assert play.scaling.gains[5][3] == 1.4
+    assert play.state.layers.factors[7] == 0.8
+    assert editor.state["numbers"] == editor.numbers
+    assert "gains=[[1.0" in widgets["as Python"].value
+    assert eval(widgets["as Python"].value) == play.scaling
+    play.wait()
+    widgets["heads"].value = False
+    assert play.scaling == play.state.layers
+    assert editor.numbers["head_gains"] is None
+    play.wait()
+    play.undo()
+    assert widgets["heads"].value
+    play.wait()
+
+
 def test_a_model_with_too_few_layers_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="tiny-llama has 2 layers to scale"):
         Playground(tiny, tasks.kv_retrieval, 4, 5, ledger=tmp_path / "ledger.sqlite")

@@ -17,6 +17,10 @@ class Bars {
     this.nodes = Array.from({ length: edited.config.layers }, (_, layer) => this.addBar(layer));
   }
 
+  remove() {
+    this.svg.remove();
+  }
+
   get values() {
     return this.name === "factors" ? this.edited.factors : this.edited.numbers[this.name];
   }
@@ -55,7 +59,7 @@ class Bars {
   }
 
   addBar(layer) {
-    const g = addNode(this.svg, "g", { role: "slider", tabindex: layer ? -1 : 0, class: "lrs-slider",
+    const g = addNode(this.svg, "g", { ...OWN_KEYS, role: "slider", tabindex: layer ? -1 : 0, class: "lrs-slider",
       "aria-label": `${this.label} of layer ${layer}`, "aria-orientation": "vertical", "data-layer": layer });
     addNode(g, "rect", { class: "lrs-bar" });
     addNode(g, "rect", { class: "lrs-grip" });

@@ -50,6 +50,10 @@ class DifferenceChart {
     this.svg = addPanel(el, "difference by depth", 170);
   }
 
+  remove() {
+    this.svg.remove();
+  }
+
   draw() {
     const { difference } = this.edited.model.get("state");
     this.svg.replaceChildren();

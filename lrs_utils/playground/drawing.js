@@ -3,6 +3,8 @@
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 470, LEFT = 52, RIGHT = 12, TOP = 14, BOTTOM = 40;
 
+const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" }; // of what takes the focus: JupyterLab would take its arrow keys
+
 function setAttributes(node, attributes) {
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
 }

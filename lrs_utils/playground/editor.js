@@ -30,7 +30,7 @@ class CurveEditor {
 
   addHandle(index) {
     const { low, high } = this.edited.config;
-    const handle = addNode(this.g, "circle", { r: 9, tabindex: 0, role: "slider", class: "lrs-handle",
+    const handle = addNode(this.g, "circle", { ...OWN_KEYS, r: 9, tabindex: 0, role: "slider", class: "lrs-handle",
       "aria-label": `control point ${index + 1} of 4`, "aria-valuemin": low, "aria-valuemax": high, "data-point": index });
     handle.addEventListener("pointerdown", (event) => this.grab(event, handle, index));
     handle.addEventListener("pointermove", (event) => this.followPointer(event, index));

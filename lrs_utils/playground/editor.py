@@ -7,10 +7,10 @@ import anywidget
 import traitlets
 
 from lrs_utils.playground.playground import Playground
-from lrs_utils.playground.state import BAR_BOUNDS
+from lrs_utils.playground.state import BAR_BOUNDS, KINDS
 
 _FOLDER = Path(__file__).parent
-_SCRIPTS = ("numbers.js", "drawing.js", "bars.js", "editor.js", "chart.js", "widget.js")
+_SCRIPTS = ("numbers.js", "drawing.js", "bars.js", "editor.js", "chart.js", "heads.js", "widget.js")
 
 
 def read_script() -> str:
@@ -19,7 +19,7 @@ def read_script() -> str:
 
 
 class Editor(anywidget.AnyWidget):
-    """Bars, control points and accuracies.
+    """Bars, control points, maps of heads and accuracies.
 
     Attributes
     ----------
@@ -67,8 +67,11 @@ class Editor(anywidget.AnyWidget):
         curve, numbers = playground.curve, dict(playground.state.numbers)
         if playground.follows_curve:
             numbers["factors"] = None
-        if numbers["temperatures"] is None and playground.is_shown("temperatures"):
-            numbers["temperatures"] = [1.0] * grid.num_layers
+        shown = {name: kind for kind, names in KINDS.items() if playground.is_shown(kind) for name in names}
+        for name, kind in shown.items():
+            if numbers[name] is None:
+                row: Any = 1.0 if kind == "temperatures" else [1.0] * grid.n_heads
+                numbers[name] = [row] * grid.num_layers
         points = [list(point) for point in zip(curve.layers, curve.values, strict=True)]
         return {"points": points} | {name: _as_list(rows) for name, rows in numbers.items()}
 

@@ -1,6 +1,6 @@
 """Gradient steps from where the playground stands, one at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 def take_steps(
     lm: LM, suite: Suite, start: Scaling, vary: str, n_steps: int, rate: float, ledger: Path
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Steps of a `GradientSearch`, each computed when it is asked for."""
     with Ledger(ledger) as known:
         search = GradientSearch(

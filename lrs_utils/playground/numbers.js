@@ -44,7 +44,9 @@ class Edited {
     this.isDragged = false;
     this.isQueued = false;
     model.on("change:numbers", () => this.receive());
-    if (model.get("dragging")) this.drag(false); // the page was left in the middle of a drag
+    if (!model.get("dragging")) return;
+    model.set("dragging", false); // the page was left in the middle of a drag
+    this.send();
   }
 
   /** Whether what the kernel sent last is of other numbers. */
@@ -83,6 +85,14 @@ class Edited {
     const row = (name === "factors" ? this.factors : this.numbers[name]).slice();
     row[layer] = snapValue(value, step, lowest, highest);
     this.change({ [name]: row });
+  }
+
+  /** Set a number of one head. */
+  setHead(name, layer, head, value) {
+    const { step, lowest, highest } = this.config;
+    const rows = this.numbers[name].map((row) => row.slice());
+    rows[layer][head] = snapValue(value, step, lowest, highest);
+    this.change({ [name]: rows });
   }
 
   drag(isDragged) {

@@ -5,6 +5,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from lrs_utils.playground.improving import SPACES, suite_to_learn, take_steps
 from lrs_utils.playground.loading import Loaded, load_state
 from lrs_utils.playground.measured import MeasuredScaling
 from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, is_predicted
-from lrs_utils.playground.state import Grid, State
+from lrs_utils.playground.state import KINDS, Grid, State
 from lrs_utils.playground.worker import Cancelled, Measurer
 from lrs_utils.scaling.bezier import BezierCurve
 from lrs_utils.scaling.files import save_factors
@@ -189,7 +190,7 @@ class Playground(Measurer):
         self._tell_listeners(moved=False)
 
     def set_number(self, name: str, value: float, layer: int, head: int | None = None) -> None:
-        """Set one of the "factors" or "temperatures" of layers; it snaps to the grid's steps."""
+        """Set one of `State.numbers`, of a layer or of a head; it snaps to the grid's steps."""
         rows = self.grid.set_number(self.state.numbers[name], value, layer, head)
         self._change(self.state.with_numbers({name: rows}))
 
@@ -199,14 +200,14 @@ class Playground(Measurer):
         factors = numbers["factors"] or self.grid.sample(curve)
         self._change(replace(self.state.with_numbers({**numbers, "factors": factors}), curve=curve))
 
-    def switch(self, name: str, on: bool) -> None:
-        """Show a kind of numbers to be edited ("temperatures"), or take all of them away."""
-        self.switched_on = self.switched_on | {name} if on else self.switched_on - {name}
-        self._change(self.state if on else self.state.with_numbers({name: None}))
+    def switch(self, kind: str, on: bool) -> None:
+        """Show numbers of one of `state.KINDS` to be edited, or take all of them away."""
+        self.switched_on = self.switched_on | {kind} if on else self.switched_on - {kind}
+        self._change(self.state if on else self.state.with_numbers(dict.fromkeys(KINDS[kind])))
 
-    def is_shown(self, name: str) -> bool:
-        """Whether a kind of numbers was switched on or has any but 1."""
-        return name in self.switched_on or self.state.numbers[name] is not None
+    def is_shown(self, kind: str) -> bool:
+        """Whether numbers of one of `state.KINDS` were switched on or are any but 1."""
+        return kind in self.switched_on or any(self.state.numbers[name] is not None for name in KINDS[kind])
 
     def set_scheme(self, scheme: str) -> None:
         """Read the factors under another scheme."""
@@ -284,14 +285,15 @@ class Playground(Measurer):
     def _improve(self, vary: str, n_steps: int, rate: float, n_contexts: int, over: threading.Event) -> None:
         suite = suite_to_learn(partial(self._make_suite, self.n_pairs), self.suite)
         where = "the same contexts" if suite is self.suite else "other contexts"
-        for step in take_steps(self.lm, suite, self.scaling, vary, n_steps, rate, self._ledger):
-            done = f"step {step.number} of {n_steps}, nll {step.nll:.3f} on {where}"
-            with self._lock:
-                if over.is_set():
-                    raise Cancelled
-                self.state, self._message = self.state.show(step.scaling), done
-            self._tell_listeners(moved=True)
-            self._measure([self.scaling], over, n_contexts, f"{done}; ")
+        with closing(take_steps(self.lm, suite, self.scaling, vary, n_steps, rate, self._ledger)) as steps:
+            for step in steps:
+                done = f"step {step.number} of {n_steps}, nll {step.nll:.3f} on {where}"
+                with self._lock:
+                    if over.is_set():
+                        raise Cancelled
+                    self.state, self._message = self.state.show(step.scaling), done
+                self._tell_listeners(moved=True)
+                self._measure([self.scaling], over, n_contexts, f"{done}; ")
         with self._lock:
             if not over.is_set():
                 self._end_improving()

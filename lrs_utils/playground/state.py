@@ -12,6 +12,7 @@ from lrs_utils.scaling.extension import ExtendedScaling
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 
+KINDS = {"temperatures": ("temperatures",), "heads": ("head_temperatures", "head_gains")}  # that can be switched on
 BAR_BOUNDS = (0.1, 10.0)  # of numbers that are set one by one; those of a file may lie outside
 
 

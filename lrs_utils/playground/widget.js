@@ -34,20 +34,21 @@ class Optional {
 
   draw() {
     if (this.isNeeded()) (this.panel ??= this.make()).draw();
-    else this.panel?.svg.remove(), (this.panel = null);
+    else this.panel?.remove(), (this.panel = null);
   }
 }
 
 function render({ model, el }) {
   el.classList.add("lrs-playground");
-  el.dataset.lmSuppressShortcuts = "true"; // JupyterLab would take the arrow keys
-  const [left, right, foot] = ["lrs-column", "lrs-column", "lrs-foot"].map((name) => addDiv(el, name));
+  setAttributes(el, OWN_KEYS);
+  const [left, right, row, foot] = ["lrs-column", "lrs-column", "lrs-row", "lrs-foot"].map((name) => addDiv(el, name));
   const edited = new Edited(model, () => draw());
   const panels = [
     new CurveEditor(left, edited),
     new Chart(right, edited),
     new Optional(() => new Bars(left, edited, "temperatures", "temperature", 170, 130), () => edited.numbers.temperatures),
     new Optional(() => new DifferenceChart(right, edited), () => model.get("state").difference),
+    new Optional(() => new HeadEditor(row, edited), () => edited.numbers.head_gains),
   ];
   const draw = () => panels.forEach((panel) => panel.draw());
   addCopyButton(foot, edited);

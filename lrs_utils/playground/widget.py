@@ -17,6 +17,7 @@ from lrs_utils.playground.editor import Editor, write_python
 from lrs_utils.playground.improving import SPACES
 from lrs_utils.playground.loading import shipped_for
 from lrs_utils.playground.playground import Playground
+from lrs_utils.playground.state import KINDS
 from lrs_utils.playground.worker import describe_error
 from lrs_utils.scaling.rope import SCHEMES
 
@@ -52,7 +53,7 @@ class _Panel:
         self._files = ["", *shipped_for(playground.lm)]  # and those that are saved and loaded here
         self._shipped = ipywidgets.Dropdown(options=self._files, description="load")
         self._compared = [ipywidgets.Dropdown(options=self._files, description=name) for name in ("compare", "with")]
-        self._temperatures = ipywidgets.Checkbox(description="temperatures", indent=False)
+        self._switches = {kind: ipywidgets.Checkbox(description=kind, indent=False) for kind in KINDS}
         self._space = ipywidgets.Dropdown(options=SPACES, description="space")
         self._n_steps = ipywidgets.BoundedIntText(20, min=1, max=1000, description="steps")
         self._improve = ipywidgets.Button(description="Improve", tooltip="gradient steps from here; Stop ends them")
@@ -72,8 +73,8 @@ class _Panel:
         self._scheme.observe(self._guard(lambda: playground.set_scheme(self._scheme.value)), "value")
         self._preset.observe(self._guard(self._use_preset), "value")
         self._shipped.observe(self._guard(lambda: self._load(self._shipped.value)), "value")
-        switch = self._guard(lambda: playground.switch("temperatures", self._temperatures.value))
-        self._temperatures.observe(switch, "value")
+        for kind, switch in self._switches.items():
+            switch.observe(self._guard(partial(self._switch, kind)), "value")
         for compared in self._compared:
             compared.observe(self._guard(self._compare), "value")
         set_size = self._guard(lambda: playground.set_size(self._pairs.value, self._contexts.value))
@@ -92,18 +93,18 @@ class _Panel:
     def arrange(self) -> ipywidgets.Widget:
         """All widgets, one row below the other."""
         rows = [] if self._editor is None else [self._editor]
-        rows += [ipywidgets.HBox(pair) for pair in self._sliders]
         buttons = list(self._buttons.values())
         for row in (
-            [self._preset, self._scheme],
-            [self._shipped, self._temperatures],
-            [self._pairs, self._contexts],
-            [self._file, *buttons[4:]],
-            self._compared,
-            [self._space, self._n_steps, self._improve],
             buttons[:4],
+            [self._space, self._n_steps, self._improve],
+            [self._preset, self._scheme],
+            [self._shipped, *self._switches.values()],
+            self._compared,
+            [self._file, *buttons[4:]],
+            [self._pairs, self._contexts],
+            *self._sliders,
         ):
-            rows.append(ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}))
+            rows.append(ipywidgets.HBox(list(row), layout={"flex_flow": "row wrap"}))
         return ipywidgets.VBox([*rows, self._status, self._table, self._python])
 
     def _guard(self, act: Callable[[], None]) -> Callable[[Any], None]:
@@ -124,6 +125,9 @@ class _Panel:
     def _move(self, point: int) -> None:
         layer, factor = self._sliders[point]
         self._playground.move(point, layer.value, factor.value)  # refreshes the sliders even where the point stayed
+
+    def _switch(self, kind: str) -> None:
+        self._playground.switch(kind, self._switches[kind].value)
 
     def _use_preset(self) -> None:
         if self._preset.value:
@@ -176,7 +180,8 @@ class _Panel:
             layer.value, factor.value = int(curve.layers[point]), curve.values[point]
         self._preset.value = playground.preset
         self._shipped.value = playground.file if playground.file in self._shipped.options else ""
-        self._temperatures.value = playground.is_shown("temperatures")
+        for kind, switch in self._switches.items():
+            switch.value = playground.is_shown(kind)
         self._scheme.value = playground.scheme
         self._python.value = write_python(playground)
 

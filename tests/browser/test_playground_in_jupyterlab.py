@@ -148,7 +148,7 @@ def centre(page: Page, point: int) -> tuple[float, float]:
 
 
 def expect_status(page: Page, text: str) -> None:
-    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=30_000)
+    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=120_000)
 
 
 def note(name: str, milliseconds: float) -> None:
@@ -273,7 +273,7 @@ def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
     page.keyboard.press("Escape")
     page.keyboard.press("b")
     page.keyboard.press("Enter")
-    page.keyboard.type("import time; time.sleep(6); print('kernel', 'free')")
+    page.keyboard.type("import time; time.sleep(12); print('kernel', 'free')")
     page.keyboard.press("Shift+Enter")
     page.locator(".lrs-playground").scroll_into_view_if_needed()
     before, (x, y) = factors(page), centre(page, 1)
@@ -362,3 +362,43 @@ def test_improve_moves_the_bars_step_by_step_and_stop_ends_it_at_once(page):
     expect(page.locator(".lrs-factors .lrs-slider").nth(5)).to_have_attribute("aria-valuenow", f"{before[5]:g}")
     assert factors(page) == before
     dropdown(page, "scheme").select_option("pi")
+
+
+def test_two_files_are_compared_with_an_interval_of_their_difference(page):
+    dropdown(page, "compare").select_option("smollm2-135m/layers-general")
+    dropdown(page, "with").select_option("smollm2-135m/ga")
+    expect(page.locator(".lrs-difference")).to_contain_text("6 contexts", timeout=120_000)
+    assert re.fullmatch(
+        r"layers-general minus ga: [+-][.\d]+ \[[+-][.\d]+, [+-][.\d]+\], 6 contexts",
+        page.locator(".lrs-difference").text_content(),
+    )
+    expect(page.locator(".lrs-first text")).to_contain_text("smollm2-135m/layers-general, 6 of 6 contexts")
+    page.locator(".lrs-playground").screenshot(path=KEPT / "7-compared.png")
+    dropdown(page, "with").select_option("")
+    expect(page.locator(".lrs-difference")).to_have_count(0)
+
+
+def test_heads_are_seen_on_maps_chosen_by_click_and_keys_and_changed_by_sliders(page):
+    dropdown(page, "load").select_option("smollm2-135m/general")
+    gains = load_factors("smollm2-135m/general").gains
+    cell = page.locator('.lrs-head-gains .lrs-cell[data-layer="12"][data-head="3"]')
+    expect(cell).to_have_attribute("data-value", f"{gains[12][3]:g}", timeout=120_000)
+    expect(page.locator(".lrs-head-gains .lrs-cell")).to_have_count(270)
+    cell.click()
+    slider = page.get_by_role("slider", name="gain of layer 12, head 3", exact=True)
+    before = float(slider.input_value())
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    expect(cell).to_have_attribute("data-value", f"{round(before + 0.05, 2):g}")
+    expect(page.get_by_label("as Python")).to_have_value(re.compile("HeadScaling"))
+    cell.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator(".lrs-head strong")).to_have_text("layer 13, head 4")
+    expect_status(page, "measured on 6 of 6 contexts")
+    page.screenshot(path=KEPT / "8-heads.png")
+    page.set_viewport_size({"width": 1000, "height": 1150})  # of which the notebook has about 600
+    page.locator(".lrs-playground").screenshot(path=KEPT / "9-narrow.png")
+    page.set_viewport_size({"width": 1300, "height": 1150})
+    page.get_by_role("checkbox", name="heads").uncheck()
+    expect(page.locator(".lrs-cell")).to_have_count(0)
