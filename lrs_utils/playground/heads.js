@@ -66,6 +66,7 @@ class HeadEditor {
     this.chosen = document.createElement("strong");
     foot.append(this.chosen);
     this.sliders = Object.keys(HEAD_NUMBERS).map((name) => this.addSlider(foot, name));
+    foot.append("(orange above 1, blue below it; in full at 2 and 0.5)");
     this.choose(0, 0);
   }
 

@@ -53,7 +53,8 @@ class _Panel:
         self._files = ["", *shipped_for(playground.lm)]  # and those that are saved and loaded here
         self._shipped = ipywidgets.Dropdown(options=self._files, description="load")
         self._compared = [ipywidgets.Dropdown(options=self._files, description=name) for name in ("compare", "with")]
-        self._switches = {kind: ipywidgets.Checkbox(description=kind, indent=False) for kind in KINDS}
+        narrow = {"width": "auto"}
+        self._switches = {kind: ipywidgets.Checkbox(description=kind, indent=False, layout=narrow) for kind in KINDS}
         self._space = ipywidgets.Dropdown(options=SPACES, description="space")
         self._n_steps = ipywidgets.BoundedIntText(20, min=1, max=1000, description="steps")
         self._improve = ipywidgets.Button(description="Improve", tooltip="gradient steps from here; Stop ends them")
