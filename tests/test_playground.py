@@ -1,13 +1,14 @@
 import json
 import shutil
 import subprocess
+import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 from compare_predictions import leave_one_out, take_mean, take_nearest
+from matplotlib.colors import to_hex
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils import (
@@ -21,13 +22,19 @@ from lrs_utils import (
     score,
     tasks,
 )
+from lrs_utils.analysis.methods import colour_of
+from lrs_utils.analysis.statistics import bootstrap_mean
 from lrs_utils.models.tiny import TINY
-from lrs_utils.playground.measured import read_measured
+from lrs_utils.playground.accuracies import choose_colours, describe_difference, list_accuracies
+from lrs_utils.playground.comparison import find_difference
+from lrs_utils.playground.editor import read_script
+from lrs_utils.playground.improving import suite_to_learn
+from lrs_utils.playground.measured import MeasuredScaling, read_measured
 from lrs_utils.playground.playground import Playground
 from lrs_utils.playground.prediction import Surrogate
-from lrs_utils.playground.widget import list_accuracies, show
+from lrs_utils.playground.widget import show
+from lrs_utils.scaling.files import save_factors
 
-SCRIPT = Path(__file__).parent.parent / "lrs_utils" / "playground" / "widget.js"
 CURVE = BezierCurve((0, 2, 5, 7), (0.7, 1.0, 1.3, 1.1))
 
 
@@ -203,6 +210,296 @@ def test_saved_factors_are_those_shown(play, tmp_path):
     assert content["measured"]["contexts"] == 5
 
 
+def test_a_file_is_shown_whole_and_a_control_point_takes_its_factors_along(play, tmp_path):
+    factors, temperatures = [2.5, 0.3, 1, 1, 1, 1, 1.2, 1], [0.8, 1, 1, 1, 1, 1, 1, 1.4]
+    mine = LayerScaling(factors, "ntk", temperatures)
+    save_factors(tmp_path / "mine.json", mine)
+    play.load(tmp_path / "mine.json")
+    assert play.scaling == mine
+    assert play.is_shown("temperatures")
+    assert not play.follows_curve
+    play.wait()
+    assert len(play.measured[mine.key].exact) == 5
+    assert play.prediction() is None
+    play.move(0, 0, 1.1)
+    assert play.follows_curve
+    assert play.scaling.temperatures == mine.temperatures
+    play.wait()
+    play.undo()
+    assert play.scaling == mine
+    play.save(tmp_path / "again.json")
+    assert load_factors(tmp_path / "again.json") == mine
+
+
+def test_a_file_of_a_curve_brings_its_control_points_and_numbers_of_heads_are_kept(play, tmp_path):
+    play.use(CURVE)
+    play.save(tmp_path / "curve.json")
+    play.use_preset("no scaling")
+    play.load(tmp_path / "curve.json")
+    assert play.curve == CURVE
+    heads = HeadScaling(gains=np.full((8, 4), 1.1), layers=LayerScaling((1.2,) * 8))
+    save_factors(tmp_path / "heads.json", heads)
+    play.load(tmp_path / "heads.json")
+    play.wait()
+    assert play.scaling == heads
+    assert len(play.measured[heads.key].exact) == 5
+    play.move(0, 0, 0.9)
+    assert play.scaling.gains == heads.gains
+    play.use_preset("no scaling")
+    assert play.scaling == play.unscaled
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no file; by name there are"),
+        (LayerScaling((1.1,) * 4), "it is of 4 layers, and this model has 8"),
+        (HeadScaling(gains=np.full((8, 2), 1.1)), "it is of 2 heads a layer, and this model has 4"),
+        (ExtendedScaling((1.1,) * 8, extension=2.0, combine="divide"), "it reads beyond the window"),
+        ("{}", "is not a factor file"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_sentence_and_changes_nothing(play, tmp_path, content, said):
+    file = tmp_path / "f.json"
+    if isinstance(content, str):
+        file.write_text(content)
+    elif content is not None:
+        save_factors(file, content)
+    widgets = parts(show(play, save_to=file, editor=False))
+    before = play.state
+    widgets["Load factors"].click()
+    assert said in play.status
+    assert "Error" not in play.status
+    assert play.state == before
+    assert not play.busy
+
+
+def test_a_file_of_another_model_is_shown_with_a_caution(play, tmp_path):
+    save_factors(tmp_path / "f.json", LayerScaling((1.1,) * 8), model="another", fingerprint="0" * 16)
+    play.load(tmp_path / "f.json")
+    play.wait()
+    assert "was found on another" in play.status
+    play.move(0, 0, 0.9)
+    play.wait()
+    assert "was found on another" not in play.status
+
+
+def test_what_ships_for_a_model_can_be_chosen_by_name(deep, tmp_path, monkeypatch):
+    names = ["tiny-deep/mine", "another/mine"]
+    monkeypatch.setattr("lrs_utils.playground.loading.shipped", lambda: names)
+    play = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 2, ledger=tmp_path / "ledger.sqlite")
+    widgets = parts(show(play))
+    assert widgets["load"].options == ("", "tiny-deep/mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-deep").mkdir()
+    save_factors("tiny-deep/mine", LayerScaling((1.1,) * 8, temperatures=(1.2,) * 8))
+    widgets["load"].value = "tiny-deep/mine"
+    assert play.scaling.temperatures == (1.2,) * 8
+    assert widgets["temperatures"].value
+    assert "temperatures=[1.2" in widgets["as Python"].value
+    widgets["temperatures"].value = False
+    assert play.scaling == LayerScaling((1.1,) * 8)
+    assert widgets["load"].value == "", "it is another scaling now"
+    play.stop()
+
+
+def test_each_gradient_step_is_shown_and_measured_and_all_of_them_are_one_step_back(play):
+    play.use(CURVE)
+    play.wait()
+    before, seen = play.state, []
+    play.subscribe(lambda moved: seen.append((play.scaling.key, play.status)) if moved else None)
+    play.improve("both", 3, n_contexts=2)
+    play.wait()
+    keys = [key for key, _ in seen]
+    assert len({*keys, before.scaling.key}) == 4
+    assert ["step 1 of 3" in seen[0][1], "step 3 of 3" in seen[2][1]] == [True, True]
+    assert all("on other contexts" in said for _, said in seen)
+    assert [len(play.measured[key].exact) for key in keys] == [2, 2, 5]
+    assert "measured on 5 of 5 contexts" in play.status
+    assert play.curve == CURVE
+    assert not play.follows_curve
+    assert play.is_shown("temperatures")
+    after = play.state
+    play.undo()
+    assert play.state == before
+    play.redo()
+    assert play.state == after
+
+
+def test_steps_follow_other_contexts_than_those_measured_where_there_are_any():
+    suite = tasks.kv_retrieval(4, 3, keys="short")
+    learned = suite_to_learn(partial(tasks.kv_retrieval, 4, keys="short"), suite)
+    assert len(learned.probes) == 3
+    assert not {probe.context for probe in learned.probes} & {probe.context for probe in suite.probes}
+    assert suite_to_learn(lambda _: suite, suite) is suite
+
+
+def test_numbers_of_heads_are_improved_and_the_scheme_stays(play):
+    play.set_scheme("ntk")
+    play.improve("heads", 1)
+    play.wait()
+    assert play.scaling.gains is not None
+    assert play.scaling.temperatures is not None
+    assert play.scheme == "ntk"
+    with pytest.raises(ValueError, match="vary is 'all'"):
+        play.improve("all")
+
+
+def test_a_change_ends_the_steps_and_where_they_led_can_be_gone_back_to(play, deep):
+    arrived = threading.Event()
+    play.subscribe(lambda moved: arrived.set() if moved else None)
+    handle = slowed(deep, 0.05)
+    play.improve("factors", 50)
+    arrived.wait(20)
+    reached = play.state
+    play.drag(True)
+    assert not play.busy
+    play.move(0, 0, 0.9)
+    play.drag(False)
+    handle.remove()
+    play.wait()
+    assert play.follows_curve
+    play.undo()
+    assert play.state == reached
+    play.undo()
+    assert play.scaling == play.unscaled
+
+
+def test_steps_are_cancelled_between_layers_on_the_way_back_too(play, deep):
+    passed = []
+    last, first = deep.model.model.layers[-1], deep.model.model.layers[0]
+
+    def note(layer, output):
+        def passing(_):
+            passed.append(layer)
+            play._cancel()
+
+        if output.requires_grad:
+            output.register_hook(passing)
+
+    handles = [layer.register_forward_hook(lambda of, _, output: note(of, output)) for layer in (first, last)]
+    play.improve("both", 2)
+    play.wait()
+    for handle in handles:
+        handle.remove()
+    assert passed == [last]
+    assert play.scaling == play.unscaled
+    assert "stopped" in play.status
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in deep.model.model.layers)
+
+
+def test_what_has_no_gradient_is_said(play):
+    play.set_scheme("yarn")
+    play.improve()
+    play.wait()
+    assert "scheme 'yarn' has no gradient" in play.status
+    widgets = parts(show(play, editor=False))
+    widgets["scheme"].value = "pi"
+    widgets["space"].value = "factors"
+    widgets["steps"].value = 1
+    widgets["Improve"].click()
+    play.wait()
+    assert play.scaling != play.unscaled
+
+
+def test_two_files_are_compared_context_by_context_and_the_scaling_shown_stays(play, tmp_path):
+    hot, cold = (LayerScaling((1.0,) * 8, temperatures=(t,) * 8) for t in (1.5, 0.5))
+    widgets = parts(show(play, save_to=tmp_path / "hot.json", editor=False))
+    save_factors(tmp_path / "hot.json", hot)
+    save_factors(tmp_path / "cold.json", cold)
+    for name in ("hot", "cold"):
+        widgets["file"].value = str(tmp_path / f"{name}.json")
+        widgets["Load factors"].click()
+    play.use(CURVE)
+    shown = play.scaling
+    widgets["compare"].value = str(tmp_path / "hot.json")
+    assert play.comparison is None
+    widgets["with"].value = str(tmp_path / "cold.json")
+    play.wait()
+    assert play.scaling == shown
+    assert [len(play.measured[scaling.key].exact) for scaling in (hot, cold, shown)] == [5, 5, 5]
+    assert [curve["kind"] for curve in list_accuracies(play)] == ["baseline", "first", "second", "current"]
+    difference = describe_difference(play)
+    first, second = (np.array([play.measured[of.key].exact[at] for at in range(5)], float) for of in (hot, cold))
+    np.testing.assert_allclose(difference["mean"], (first - second).mean(axis=0), atol=1e-4)
+    interval = bootstrap_mean((first - second).mean(axis=1))
+    assert difference["name"] == (
+        f"hot minus cold: {float(interval.mean):+.3f} [{float(interval.low):+.3f}, {float(interval.high):+.3f}], "
+        "5 contexts"
+    )
+    widgets["with"].value = ""
+    assert play.comparison is None
+    assert describe_difference(play) is None
+
+
+def test_a_comparison_with_a_file_that_is_gone_changes_nothing(play, tmp_path):
+    save_factors(tmp_path / "a.json", LayerScaling((1.1,) * 8))
+    with pytest.raises(FileNotFoundError):
+        play.compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert play.comparison is None
+    assert not play.busy
+
+
+def test_a_difference_has_an_interval_from_two_contexts_on_that_both_know():
+    ones, zeros = np.ones(3, bool), np.zeros(3, bool)
+    scaling = LayerScaling.identity(2)
+    first = MeasuredScaling(scaling, {0: ones, 1: ones, 2: zeros})
+    assert find_difference(first, MeasuredScaling(scaling, {0: zeros})) is None
+    found = find_difference(first, MeasuredScaling(scaling, {1: zeros, 2: zeros, 5: ones}))
+    assert found.n_contexts == 2
+    assert float(found.mean.mean) == 0.5
+    np.testing.assert_array_equal(found.by_depth.mean, [0.5] * 3)
+
+
+def test_compared_files_have_the_colours_of_their_methods_where_they_differ():
+    of = {name: to_hex(colour_of(name)) for name in ("GA", "layers")}
+    assert choose_colours(("m/ga", "m/layers-best")) == (of["GA"], of["layers"])
+    first, second = choose_colours(("m/layers-best", "m/layers-general"))
+    assert first != second
+    assert choose_colours(("mine.json", "m/ga"))[1] == of["GA"]
+
+
+def test_numbers_of_single_layers_and_heads_are_set_on_the_grid(play):
+    play.set_number("factors", 1.237, 3)
+    play.set_number("temperatures", 40, 7)
+    play.set_number("head_gains", 0.83, 2, head=1)
+    assert play.scaling.layers == LayerScaling([1, 1, 1, 1.25, 1, 1, 1, 1], temperatures=[1] * 7 + [10])
+    gains = np.ones((8, 4))
+    gains[2, 1] = 0.85
+    np.testing.assert_array_equal(play.scaling.gains, gains)
+    play.set_number("head_gains", 1, 2, head=1)
+    assert play.state.heads is None
+    play.wait()
+
+
+def test_the_editor_changes_numbers_of_layers_and_heads(play):
+    shown = show(play)
+    editor, widgets = shown.children[0], parts(shown)
+    assert editor.numbers["head_gains"] is None
+    assert editor.numbers["factors"] is None, "they follow the curve"
+    widgets["heads"].value = True
+    widgets["temperatures"].value = True
+    assert play.scaling == play.unscaled
+    assert np.array(editor.numbers["head_gains"]).shape == (8, 4)
+    assert editor.numbers["temperatures"] == [1] * 8
+    gains = [list(row) for row in editor.numbers["head_gains"]]
+    gains[5][3] = 1.4
+    editor.numbers = editor.numbers | {"head_gains": gains, "factors": [1.0] * 7 + [0.8]}
+    assert play.scaling.gains[5][3] == 1.4
+    assert play.state.layers.factors[7] == 0.8
+    assert editor.state["numbers"] == editor.numbers
+    assert "gains=[[1.0" in widgets["as Python"].value
+    assert eval(widgets["as Python"].value) == play.scaling
+    play.wait()
+    widgets["heads"].value = False
+    assert play.scaling == play.state.layers
+    assert editor.numbers["head_gains"] is None
+    play.wait()
+    play.undo()
+    assert widgets["heads"].value
+    play.wait()
+
+
 def test_a_model_with_too_few_layers_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="tiny-llama has 2 layers to scale"):
         Playground(tiny, tasks.kv_retrieval, 4, 5, ledger=tmp_path / "ledger.sqlite")
@@ -243,7 +540,7 @@ def test_sliders_move_the_curve_and_follow_it(play, tmp_path):
 def test_the_editor_and_the_playground_keep_each_other_up_to_date(play):
     editor = show(play).children[0]
     editor.dragging = True
-    editor.points = [[0, 0.7], [2, 1.0], [5, 1.3], [7, 1.1]]
+    editor.numbers = editor.numbers | {"points": [[0, 0.7], [2, 1.0], [5, 1.3], [7, 1.1]]}
     assert play.curve == CURVE
     assert editor.state["factors"] == list(play.scaling.factors)
     assert not play.busy
@@ -251,7 +548,7 @@ def test_the_editor_and_the_playground_keep_each_other_up_to_date(play):
     play.wait()
     assert {curve["kind"] for curve in editor.state["curves"]} >= {"baseline", "current"}
     play.undo()
-    assert editor.points[0] == [0, 1.0]
+    assert editor.numbers["points"][0] == [0, 1.0]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
@@ -263,12 +560,10 @@ def test_the_browser_samples_curves_as_python_does(tmp_path):
         curves.append(list(zip(layers, np.round(chance.integers(14, 25, 4) * 0.05, 2).tolist(), strict=True)))
     config = {"layers": 30, "first": 2, "step": 0.05, "low": 0.7, "high": 1.2}
     program = f"""
-        import {{ sampleFactors }} from {json.dumps(SCRIPT.as_uri())};
+        import {{ sampleFactors }} from "./playground.mjs";
         console.log(JSON.stringify({json.dumps(curves)}.map((points) => sampleFactors(points, {json.dumps(config)}))));
     """
-    (tmp_path / "program.mjs").write_text(program)
-    shutil.copy(SCRIPT, tmp_path / "playground.mjs")
-    program = program.replace(SCRIPT.as_uri(), "./playground.mjs")
+    (tmp_path / "playground.mjs").write_text(read_script())
     (tmp_path / "program.mjs").write_text(program)
     sampled = json.loads(subprocess.run(["node", tmp_path / "program.mjs"], capture_output=True, check=True).stdout)
     different = 0

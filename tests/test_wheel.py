@@ -94,7 +94,7 @@ def test_the_wheel_has_the_package_with_all_its_data_and_nothing_else(wheel):
     listed = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "lrs_utils"]
     names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
     assert package == {name for name in names if name and (ROOT / name).is_file()}
-    assert "lrs_utils/playground/widget.js" in package
+    assert {"lrs_utils/playground/widget.js", "lrs_utils/playground/widget.css"} <= {*package}
     assert "lrs_utils/data/small-rope/model.safetensors" in package
     assert len([name for name in package if name.startswith("lrs_utils/data/factors/smollm2-135m/")]) >= 6
     assert not [name for name in packed if "test" in Path(name).parts[-1] or name.endswith((".ipynb", ".yaml"))]

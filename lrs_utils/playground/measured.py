@@ -8,17 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import SCHEMES
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.tasks import Suite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeasuredScaling:
     """A scaling and its verdicts so far, by context, each of shape (questions,)."""
 
-    scaling: LayerScaling
+    scaling: Scaling
     exact: Mapping[int, NDArray[np.bool_]]
 
     @cached_property

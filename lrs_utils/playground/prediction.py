@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
 
 from lrs_utils.playground.measured import MeasuredScaling
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.extension import ExtendedScaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import SCHEMES
 
 PREDICTED_SCHEME = SCHEMES[0]
@@ -60,6 +63,13 @@ class Surrogate:
         return float(np.sqrt(np.mean((predicted - self._accuracy) ** 2)))
 
 
+def is_predicted(scaling: Scaling) -> bool:
+    """Whether a scaling is of a kind that predictions are for: nothing but factors of the paper's scheme."""
+    if not isinstance(scaling, LayerScaling) or isinstance(scaling, ExtendedScaling):
+        return False
+    return scaling.temperatures is None and scaling.scheme == PREDICTED_SCHEME
+
+
 def collect_accuracies(
     measured: Iterable[MeasuredScaling], n_contexts: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -67,12 +77,8 @@ def collect_accuracies(
 
     Of the latest scalings of the paper's scheme that are measured on at least a quarter of the contexts.
     """
-    usable = [
-        m
-        for m in measured
-        if 4 * len(m.exact) >= n_contexts and m.scaling.temperatures is None and m.scaling.scheme == PREDICTED_SCHEME
-    ][-MOST_SCALINGS:]
-    factors = np.array([m.scaling.factors for m in usable])
+    usable = [m for m in measured if 4 * len(m.exact) >= n_contexts and is_predicted(m.scaling)][-MOST_SCALINGS:]
+    factors = np.array([[setting.factor for setting in m.scaling.settings] for m in usable])
     return factors, np.array([np.mean(list(m.exact.values()), axis=0) for m in usable])
 
 

@@ -2,21 +2,23 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 from lrs_utils.playground.measured import MeasuredScaling, read_measured
 from lrs_utils.playground.prediction import Surrogate, fit_surrogate
 from lrs_utils.progress import SilentProgress
-from lrs_utils.scaling.base import reachable_decoder
+from lrs_utils.scaling.base import Scaling, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.outcomes import score
@@ -108,12 +110,16 @@ class Measurer:
         with self._lock:
             self.suite, self.measured, self.surrogate = suite, measured, surrogate
 
-    def _start(self, scaling: LayerScaling, delay: float) -> None:
+    def _start(self, scaling: Scaling, delay: float) -> None:
         """Measure a scaling as far as it is not known, once `delay` seconds have passed without another call."""
+        self._begin(partial(self._measure, [scaling]), delay)
+
+    def _begin(self, work: Callable[[threading.Event], None], delay: float) -> None:
+        """Let `work` take the place of the running measurement; it may ask whether it is over, and ends by itself."""
         with self._lock:
             self._cancel()
             self._over = threading.Event()
-            self._thread = threading.Thread(target=self._run, args=(scaling, delay, self._over), daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(work, delay, self._over), daemon=True)
             self._thread.start()
 
     def _cancel(self) -> None:
@@ -121,16 +127,20 @@ class Measurer:
         with self._lock:
             self._over.set()
 
-    def _run(self, scaling: LayerScaling, delay: float, over: threading.Event) -> None:
-        """In a thread of its own: wait until changes have settled and the model is free, then measure."""
+    def _run(self, work: Callable[[threading.Event], None], delay: float, over: threading.Event) -> None:
+        """In a thread of its own: wait until changes have settled and the model is free, then work."""
         message = ""
         try:
             if over.wait(delay):
                 return
-            with self._measuring:
-                self._measure(scaling, over)
+            with self._measuring, _cancel_between_layers(self.lm, over):
+                with self._lock:
+                    if over.is_set():
+                        return
+                    self._remember_step()
+                work(over)
             self._refit_surrogate()
-        except _Cancelled:
+        except Cancelled:
             message = "stopped; what was measured is kept"
         except Exception as error:  # no one waits for this thread, so no one else could catch it
             message = describe_error(error)
@@ -141,14 +151,14 @@ class Measurer:
                     self._message = message
             self._tell_listeners(moved=False)
 
-    def _measure(self, scaling: LayerScaling, over: threading.Event) -> None:
+    def _measure(
+        self, scalings: Sequence[Scaling], over: threading.Event, n_contexts: int | None = None, after: str = ""
+    ) -> None:
+        """Measure on the first so many contexts; `after` stands before the progress in the message."""
         with self._lock:
-            if over.is_set():
-                return
-            self._remember_step()
-            suite, unmeasured = self.suite, self._list_unmeasured(scaling)
+            suite, unmeasured = self.suite, self._list_unmeasured(scalings, n_contexts)
         began, n_answered = time.monotonic(), 0
-        with Ledger(self._ledger) as ledger, _cancel_between_layers(self.lm, over):
+        with Ledger(self._ledger) as ledger:
             for n_done, (context, measured) in enumerate(unmeasured, 1):
                 one_context = replace(suite, probes=suite.probes[context : context + 1])
                 outcomes = score(
@@ -163,24 +173,25 @@ class Measurer:
                 seconds_left = (time.monotonic() - began) / n_done * (len(unmeasured) - n_done)
                 with self._lock:
                     if self.suite is not suite or over.is_set():
-                        raise _Cancelled
+                        raise Cancelled
                     self._add(measured, context, outcomes.exact[0, 0])
                     self._message = (
-                        f"context {context + 1} of {len(suite.probes)}, {n_answered} questions answered, "
-                        f"{seconds_left:.0f} s left"
+                        f"{after}context {context + 1} of {len(suite.probes)}, {n_answered} questions answered"
                     )
+                    if n_contexts is None:
+                        self._message += f", {seconds_left:.0f} s left"
                 self._tell_listeners(moved=False)
 
-    def _list_unmeasured(self, scaling: LayerScaling) -> list[tuple[int, LayerScaling]]:
-        """Contexts that the scaling and the baseline still lack, in the order in which they are measured."""
+    def _list_unmeasured(self, scalings: Sequence[Scaling], n_contexts: int | None) -> list[tuple[int, Scaling]]:
+        """Contexts that the scalings and the baseline still lack, in the order in which they are measured."""
         return [
             (context, wanted)
-            for context in range(len(self.suite.probes))
-            for wanted in dict.fromkeys((scaling, self.unscaled))
+            for context in range(len(self.suite.probes[:n_contexts]))
+            for wanted in dict.fromkeys((*scalings, self.unscaled))
             if wanted.key not in self.measured or context not in self.measured[wanted.key].exact
         ]
 
-    def _add(self, scaling: LayerScaling, context: int, exact: NDArray[np.bool_]) -> None:
+    def _add(self, scaling: Scaling, context: int, exact: NDArray[np.bool_]) -> None:
         before = self.measured.get(scaling.key, MeasuredScaling(scaling, {}))
         after = replace(before, exact={**before.exact, context: exact})
         self.measured = {**self.measured, scaling.key: after}
@@ -199,21 +210,34 @@ def describe_error(error: BaseException) -> str:
     return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
-class _Cancelled(Exception):
+class Cancelled(Exception):
     """Raised inside the model to end a measurement."""
 
 
 @contextmanager
 def _cancel_between_layers(lm: LM, over: threading.Event) -> Iterator[None]:
-    """Let this thread's measurement end before the next layer once `over` is set: a context may take seconds."""
+    """Let this thread's work end before the next layer once `over` is set: a context may take seconds.
+
+    On the way back, too, where a gradient is taken.
+    """
     measuring_thread = threading.get_ident()
 
     def check(*_: object) -> None:
         if over.is_set() and threading.get_ident() == measuring_thread:
-            raise _Cancelled
+            raise Cancelled
+
+    def check_on_the_way_back(_: object) -> None:
+        if over.is_set():  # in whatever thread: only this thread's passes have this hook
+            raise Cancelled
+
+    def watch(_: object, __: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and threading.get_ident() == measuring_thread:
+            output.register_hook(check_on_the_way_back)  # type: ignore[no-untyped-call]
 
     with used_alone(lm.model):
-        hooks = [layer.register_forward_pre_hook(check) for layer in reachable_decoder(lm.model).layers]
+        layers = reachable_decoder(lm.model).layers
+        hooks = [layer.register_forward_pre_hook(check) for layer in layers]
+        hooks += [layer.register_forward_hook(watch) for layer in layers]
     try:
         yield
     finally:

@@ -115,7 +115,7 @@ def page(lab):
         finally:
             page.screenshot(path=KEPT / "opened.png")
         page.locator(".lrs-playground").scroll_into_view_if_needed()
-        page.locator(".widget-dropdown", has_text="preset").locator("select").select_option("no scaling")
+        dropdown(page, "preset").select_option("no scaling")
         expect(page.locator(".lrs-handle").nth(3)).to_have_attribute("aria-valuetext", "layer 29, factor 1")
         page.evaluate(CLOCKS)
         yield page
@@ -124,7 +124,16 @@ def page(lab):
 
 
 def factors(page: Page) -> list[float]:
-    return page.eval_on_selector_all(".lrs-bars rect", "bars => bars.map(bar => Number(bar.dataset.factor))")
+    return bars(page, "factors")
+
+
+def bars(page: Page, name: str) -> list[float]:
+    found = page.locator(f".lrs-{name} .lrs-slider")
+    return found.evaluate_all("bars => bars.map(bar => Number(bar.dataset.value))")
+
+
+def dropdown(page: Page, name: str):
+    return page.locator(".widget-dropdown").filter(has=page.get_by_text(name, exact=True)).locator("select")
 
 
 def curve_of(page: Page) -> BezierCurve:
@@ -139,7 +148,7 @@ def centre(page: Page, point: int) -> tuple[float, float]:
 
 
 def expect_status(page: Page, text: str) -> None:
-    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=30_000)
+    expect(page.locator("p[role=status]")).to_contain_text(text, timeout=120_000)
 
 
 def note(name: str, milliseconds: float) -> None:
@@ -264,7 +273,7 @@ def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
     page.keyboard.press("Escape")
     page.keyboard.press("b")
     page.keyboard.press("Enter")
-    page.keyboard.type("import time; time.sleep(6); print('kernel', 'free')")
+    page.keyboard.type("import time; time.sleep(12); print('kernel', 'free')")
     page.keyboard.press("Shift+Enter")
     page.locator(".lrs-playground").scroll_into_view_if_needed()
     before, (x, y) = factors(page), centre(page, 1)
@@ -280,3 +289,116 @@ def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
     note("input to paint while the kernel is busy, 95th percentile", float(np.quantile(paints, 0.95)))
     expect(page.get_by_text("kernel free")).to_be_attached(timeout=30_000)
     expect_status(page, "measured on 6 of 6 contexts")
+
+
+def test_a_shipped_file_is_shown_with_its_temperatures(page):
+    found = load_factors("smollm2-135m/layers-general")
+    dropdown(page, "load").select_option("smollm2-135m/layers-general")
+    expect(page.locator(".lrs-temperatures .lrs-slider")).to_have_count(30)
+    assert bars(page, "factors") == list(found.factors)
+    assert bars(page, "temperatures") == list(found.temperatures)
+    expect_status(page, "measured on 6 of 6 contexts")
+    page.screenshot(path=KEPT / "4-file.png")
+
+
+def test_a_missing_file_is_one_sentence_and_changes_nothing(page):
+    before = factors(page)
+    page.get_by_role("textbox", name="file").fill("nowhere.json")
+    page.get_by_role("button", name="Load factors").click()
+    expect_status(page, "nowhere.json is no file; by name there are")
+    assert factors(page) == before
+
+
+def test_a_bar_is_dragged_alone_and_moved_by_arrow_keys(page):
+    before = factors(page)
+    bar = page.locator(".lrs-factors .lrs-slider").nth(14)
+    box = bar.locator(".lrs-grip").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(10):
+        page.mouse.move(x, y - 2 * step)
+    page.screenshot(path=KEPT / "5-bar.png")
+    page.mouse.up()
+    after = factors(page)
+    assert [layer for layer in range(30) if before[layer] != after[layer]] == [14]
+    assert after[14] > before[14]
+    assert after[14] * 20 == pytest.approx(round(after[14] * 20))
+    page.keyboard.press("ArrowDown")
+    assert factors(page)[14] == pytest.approx(after[14] - 0.05)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    assert factors(page)[15] > before[15]
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "factor of layer 15"
+    expect_status(page, "measured on 6 of 6 contexts")
+    dropdown(page, "preset").select_option("no scaling")
+    expect(page.locator(".lrs-slider").nth(14)).to_have_attribute("aria-valuenow", "1")
+
+
+def test_improve_moves_the_bars_step_by_step_and_stop_ends_it_at_once(page):
+    film, before = Film(page), factors(page)
+    dropdown(page, "scheme").select_option("ntk")
+    expect_status(page, "measured on 6 of 6 contexts")
+    page.get_by_role("button", name="Improve").click()
+    began = time.perf_counter()
+    expect_status(page, "step 1 of 20")
+    note("improve to its first step, 8 short pairs", since(began))
+    expect(page.locator(".lrs-temperatures .lrs-slider")).to_have_count(30)
+    first = factors(page)
+    assert first != before
+    for step in (2, 3, 4):
+        expect_status(page, f"step {step} of 20")
+        film.take()
+    note("four steps, each measured on two contexts", since(began))
+    page.screenshot(path=KEPT / "6-improve.png")
+    began = time.perf_counter()
+    page.get_by_role("button", name="Stop").click()
+    expect_status(page, "stopped")
+    note("stop to stopped", since(began))
+    film.save(KEPT / "improve.gif")
+    reached = factors(page)
+    assert reached not in (first, before)
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(".lrs-factors .lrs-slider").nth(5)).to_have_attribute("aria-valuenow", f"{before[5]:g}")
+    assert factors(page) == before
+    dropdown(page, "scheme").select_option("pi")
+
+
+def test_two_files_are_compared_with_an_interval_of_their_difference(page):
+    dropdown(page, "compare").select_option("smollm2-135m/layers-general")
+    dropdown(page, "with").select_option("smollm2-135m/ga")
+    expect(page.locator(".lrs-difference")).to_contain_text("6 contexts", timeout=120_000)
+    assert re.fullmatch(
+        r"layers-general minus ga: [+-][.\d]+ \[[+-][.\d]+, [+-][.\d]+\], 6 contexts",
+        page.locator(".lrs-difference").text_content(),
+    )
+    expect(page.locator(".lrs-first text")).to_contain_text("smollm2-135m/layers-general, 6 of 6 contexts")
+    page.locator(".lrs-playground").screenshot(path=KEPT / "7-compared.png")
+    dropdown(page, "with").select_option("")
+    expect(page.locator(".lrs-difference")).to_have_count(0)
+
+
+def test_heads_are_seen_on_maps_chosen_by_click_and_keys_and_changed_by_sliders(page):
+    dropdown(page, "load").select_option("smollm2-135m/general")
+    gains = load_factors("smollm2-135m/general").gains
+    cell = page.locator('.lrs-head-gains .lrs-cell[data-layer="12"][data-head="3"]')
+    expect(cell).to_have_attribute("data-value", f"{gains[12][3]:g}", timeout=120_000)
+    expect(page.locator(".lrs-head-gains .lrs-cell")).to_have_count(270)
+    cell.click()
+    slider = page.get_by_role("slider", name="gain of layer 12, head 3", exact=True)
+    before = float(slider.input_value())
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    expect(cell).to_have_attribute("data-value", f"{round(before + 0.05, 2):g}")
+    expect(page.get_by_label("as Python")).to_have_value(re.compile("HeadScaling"))
+    cell.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator(".lrs-head strong")).to_have_text("layer 13, head 4")
+    expect_status(page, "measured on 6 of 6 contexts")
+    page.screenshot(path=KEPT / "8-heads.png")
+    page.set_viewport_size({"width": 1000, "height": 1150})  # of which the notebook has about 600
+    page.locator(".lrs-playground").screenshot(path=KEPT / "9-narrow.png")
+    page.set_viewport_size({"width": 1300, "height": 1150})
+    page.get_by_role("checkbox", name="heads").uncheck()
+    expect(page.locator(".lrs-cell")).to_have_count(0)
