@@ -151,6 +151,18 @@ def price_table(raw: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def measure_prices(lm: LM, repetitions: int) -> None:
+    """Measure, print and write `data/results/gradient_prices.csv`."""
+    _warm_up(lm, LayerScaling.identity(lm.num_layers))
+    plan = [
+        [work for pairs, keys in PRICED for work in price_works(lm, pairs, keys, 21_000 + repetition)]
+        for repetition in range(repetitions)
+    ]
+    prices = price_table(measured(lm, plan))
+    print(prices.round(2).to_string(index=False))
+    write_table("gradient_prices", prices, f"benchmark.py | {_machine(lm)} | {lm!r}", "%.3f")
+
+
 def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...]]:
     """Branches of the trie of candidates: what must be computed, a layer each."""
     return {s.settings[: layer + 1] for s in scalings for layer in range(len(s.factors))}
@@ -283,14 +295,18 @@ def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFra
 
 
 def main() -> None:
-    """Measure, print and write `data/results/benchmark.csv` and `figures/benchmark.svg`."""
+    """Measure, print and write `data/results/{benchmark,gradient_prices}.csv` and `figures/benchmark.svg`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140], help="4 or more each")
+    parser.add_argument("--prices", action="store_true", help="only what a gradient costs")
     arguments = parser.parse_args()
     search = parameters_of("06_ga_search", "cpu")
     settings = search | search["settings"]
     lm, pairs = load_lm(settings["model"], dtype=settings["dtype"]), settings["n_pairs"]
+    measure_prices(lm, arguments.repetitions)
+    if arguments.prices:
+        return
     three = [0, (pairs - 1) // 2, pairs - 1]
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
@@ -317,14 +333,10 @@ def main() -> None:
                     yield score_work(lm, line, few, [scaling])
                 yield score_work(lm, GENERATION, suite, generation)
                 yield score_work(lm, GENERATION_ALONE, suite, generation, together=False)
-        for n, keys in PRICED:
-            yield from price_works(lm, n, keys, 21_000 + repetition)
 
     _warm_up(lm, scaling)
     plan = [list(works(repetition)) for repetition in range(arguments.repetitions)]
     raw = measured(lm, plan)
-    is_price = raw["line"].str.startswith("price of ")
-    raw, prices = raw[~is_price], price_table(raw[is_price])
     table = summary(with_searches(raw, recorded))
     peaks = raw[raw["repetition"] == 0].groupby("pairs")["peak"].max()  # of the process so far, fewest pairs first
     provenance = f"make bench | {versions()} | {_machine(lm)} | {lm!r}"
@@ -332,8 +344,7 @@ def main() -> None:
     facts += [f"peak memory up to {n} pairs: {gib:.2f} GiB" for n, gib in peaks.items()]
     facts += [profile(lm, work) for work in plan[0] if work.pairs == pairs and work.line in (GENERATE, ALL)]
     report = "\n".join([provenance, *facts, *map(str, recorded)])
-    print(table.round(3).to_string(index=False), report, prices.round(2).to_string(index=False), sep="\n")
-    write_table("gradient_prices", prices, f"benchmark.py | {_machine(lm)} | {lm!r}", "%.3f")
+    print(table.round(3).to_string(index=False), report, sep="\n")
     plots.use_style()
     comments = "".join(f"# {line}\n" for line in report.split("\n"))
     write_whole(RESULTS / "benchmark.csv", comments + table.to_csv(index=False, float_format="%.4g"))
@@ -352,7 +363,8 @@ def _machine(lm: LM) -> str:
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{torch.get_num_threads()} threads on {os.cpu_count()} cores of {name}"
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
