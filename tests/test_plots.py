@@ -7,6 +7,7 @@ import pytest
 
 from lrs_utils import LayerScaling
 from lrs_utils.analysis import plots
+from lrs_utils.analysis.statistics import Interval
 from lrs_utils.searchers.engine import SearchResult
 
 
@@ -72,3 +73,15 @@ def test_perplexity_by_length_draws_schemes_and_layer_factors_on_top_alike():
     assert lines["PI, uniform"].get_color() == lines["PI, multiply, GA"].get_color()
     assert other.lines[0].get_color() == lines["PI, uniform"].get_color(), "a scheme has one colour in all panels"
     assert lines["PI, uniform"].get_linestyle() != lines["PI, multiply, GA"].get_linestyle()
+
+
+def test_names_stand_at_the_ends_of_their_lines_in_their_colours():
+    line = np.array([0.2, 0.4])
+    curves = {name: Interval(line + by, line, line + 0.2) for name, by in (("raw", 0.0), ("chat", 0.01), ("far", 0.4))}
+    axes = plots.named_curves(curves, [0, 1], xlabel="x", ylabel="y", colours=["0.35", "red", "blue"]).axes[0]
+    assert axes.get_legend() is None
+    assert [line.get_color() for line in axes.lines] == ["0.35", "red", "blue"]
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert (heights["raw"], heights["far"]) == (0.4, 0.8), "at the end of its line"
+    assert heights["chat"] > 0.42, "moved apart from another that ends close by"
+    assert [text.get_color() for text in axes.texts] == ["0.35", "red", "blue"]

@@ -5,6 +5,7 @@ a context) are `plots`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +26,7 @@ COLOURS: dict[str, tuple[float, ...] | str] = {
     "gradient": _BLUE, "gradient x 4": _SKY, "found": _BLUE, "heads": _BLUE, "layers": _PURPLE, "outputs": _BROWN,
     "GA, no curve": _YELLOW, "random curves": _GREY, "line": _BROWN, "step": _PINK, "CMA-ES": _RED, "TPE": _PURPLE,
     "none": "0.35", "PI": _ORANGE, "NTK": _GREEN, "Dynamic NTK": _PURPLE, "YaRN": _BLUE,
+    "this curve": _BLUE, "prediction": _BLUE, "best so far": _GREEN,  # of the playground
     "untuned": "0.35", "plain": _GREEN, "PoSE": _ORANGE, "RandPos": _PURPLE, "CREAM": _BLUE,
 }  # fmt: skip
 
@@ -78,14 +80,20 @@ def compare(
     return figure
 
 
-def label_ends(ax: Axes, x: float, heights: Mapping[str, float]) -> None:
-    """Write each method's name beside the end of its line, moved apart where lines end close together."""
+def label_ends(ax: Axes, x: float, heights: Mapping[str, float], colours: Mapping[str, Any] | None = None) -> None:
+    """Write each method's name beside the end of its line, moved apart where lines end close together.
+
+    Parameters
+    ----------
+    colours : mapping of str to a colour, optional
+        Of lines that are not methods.
+    """
     low, high = ax.get_ylim()
     gap, below = 0.065 * (high - low), -np.inf
     right = x + 0.015 * float(np.ptp(ax.get_xlim()))
     for name, height in sorted(heights.items(), key=lambda end: end[1]):
         below = max(height, below + gap)
-        ax.text(right, below, name, va="center", color=colour_of(name), fontsize="small")
+        ax.text(right, below, name, va="center", color=colours[name] if colours else colour_of(name), fontsize="small")
 
 
 def dots(table: pd.DataFrame, *, xlabel: str, zero: float | None = 0.0, ax: Axes | None = None) -> Figure:
