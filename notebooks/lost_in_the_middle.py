@@ -78,7 +78,7 @@ def write_answers(lm: LM, suite: Suite, context: int, questions: Sequence[int], 
     depth_of = {q.answer: q.position / max(probe.n_items - 1, 1) for q in probe.questions}
     report = []
     for question, text in zip(asked, texts, strict=True):
-        said = text.partition('"')[0].partition("\n")[0]
+        said = text.partition('"')[0].partition("\n")[0].rstrip()
         verdict = "exact" if text.startswith(question.answer) else "wrong"
         if verdict == "wrong" and said in depth_of:
             verdict = f"wrong: the value of the pair at depth {depth_of[said]:.2f}"
@@ -116,7 +116,9 @@ def begins_with_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def name_copied(suite: Suite, texts: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
-    """Which texts begin with the value of another pair of their context, shape (contexts, questions).
+    """Which texts are the value of another pair of their context, as far as they go, shape (contexts, questions).
+
+    A text may end before the value does: values have different numbers of tokens. Half a value is enough.
 
     Parameters
     ----------
@@ -129,7 +131,9 @@ def name_copied(suite: Suite, texts: Sequence[Sequence[str]]) -> NDArray[np.bool
     for c, (probe, written) in enumerate(zip(suite.probes, texts, strict=True)):
         values = re.findall(r'": "([^"]+)"', probe.context)
         for q, (question, text) in enumerate(zip(probe.questions, written, strict=True)):
-            copied[c, q] = text.startswith(tuple(value for value in values if value != question.answer))
+            said = text.partition('"')[0].rstrip()
+            others = [value for value in values if value != question.answer]
+            copied[c, q] = any(value.startswith(said) and 2 * len(said) >= len(value) for value in others)
     return copied
 
 
@@ -170,7 +174,7 @@ class Reading:
 
 def describe_curve(curve: Interval, depths: NDArray[np.float64]) -> str:
     """A curve in words: its values at the beginning, the depth nearest to the middle, and the end."""
-    places = [0, int(np.argmin(np.abs(depths - 0.5))), len(depths) - 1]
+    places = [0, int(np.argmin(np.abs(depths - 0.5 + 1e-9))), len(depths) - 1]  # of two equally near the earlier
     return ", ".join(f"{curve.mean[place]:.2f} at depth {depths[place]:.2g}" for place in places)
 
 

@@ -68,8 +68,10 @@ def test_verdicts_of_plain_decoding_are_those_of_score(tiny, suite):
 
 def test_a_value_copied_from_another_pair_is_told_from_the_right_one_and_from_others(suite):
     values = [[q.answer for q in probe.questions] for probe in suite.probes]
-    texts = [[v[1] + '",', v[1], "nothing", v[3]] for v in values]
+    texts = [[v[1] + '",', v[1], "", v[3]] for v in values]
     assert name_copied(suite, texts).tolist() == [[True, False, False, False]] * 3
+    cut = [[v[1][:3], v[1][:3], v[0][:1], v[0] + "0"] for v in values]
+    assert name_copied(suite, cut).tolist() == [[True, False, False, False]] * 3
 
 
 def test_a_written_answer_names_the_pair_whose_value_it_is(tiny, suite, monkeypatch):
@@ -99,6 +101,8 @@ def test_the_edge_is_both_ends_against_what_is_between(suite):
 
 def test_a_curve_is_told_by_its_ends_and_middle():
     values = np.array([0.65, 0.2, 0.06, 0.51])
+    two = describe_curve(Interval(values, values, values), np.array([0, 9 / 19, 10 / 19, 1]))
+    assert "0.20 at depth 0.47" in two, "of two equally near to the middle the earlier"
     assert describe_curve(Interval(values, values, values), np.array([0, 0.25, 0.5, 1])) == (
         "0.65 at depth 0, 0.06 at depth 0.5, 0.51 at depth 1"
     )
