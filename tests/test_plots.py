@@ -8,6 +8,7 @@ import pytest
 from lrs_utils import LayerScaling
 from lrs_utils.analysis import methods, plots
 from lrs_utils.analysis.methods import colour_of
+from lrs_utils.analysis.statistics import Interval
 from lrs_utils.searchers.engine import SearchResult
 
 
@@ -99,3 +100,15 @@ def test_names_at_the_ends_of_lines_stand_apart_on_a_logarithmic_scale_too():
     assert heights["NTK"] > 110, "moved up"
     assert heights["YaRN"] == pytest.approx(1000)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["256", "512"]
+
+
+def test_names_stand_at_the_ends_of_their_lines_in_their_colours():
+    line = np.array([0.2, 0.4])
+    curves = {name: Interval(line + by, line, line + 0.2) for name, by in (("raw", 0.0), ("chat", 0.01), ("far", 0.4))}
+    axes = plots.named_curves(curves, [0, 1], xlabel="x", ylabel="y", colours=["0.35", "red", "blue"]).axes[0]
+    assert axes.get_legend() is None
+    assert [line.get_color() for line in axes.lines] == ["0.35", "red", "blue"]
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert (heights["raw"], heights["far"]) == (0.4, 0.8), "at the end of its line"
+    assert heights["chat"] > 0.42, "moved apart from another that ends close by"
+    assert [text.get_color() for text in axes.texts] == ["0.35", "red", "blue"]

@@ -21,6 +21,7 @@ from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.searchers.engine import SearchResult
 
 _COLOURS = sns.color_palette("colorblind")
+DEPTH = "depth of the answer (0 beginning, 1 end)"
 
 
 def use_style() -> None:
@@ -66,6 +67,28 @@ def curves(
     return _figure(ax)
 
 
+def named_curves(
+    curves: Mapping[str, Interval],
+    x: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    xlabel: str,
+    ylabel: str,
+    colours: Sequence[Any] = _COLOURS,
+    ax: Axes | None = None,
+) -> Figure:
+    """Like `curves`, with names at the lines' ends, which are at one x, instead of a legend: for up to five lines."""
+    ax = ax or plt.subplots(figsize=(7, 3.4))[1]
+    colour_of, last = dict(zip(curves, colours, strict=False)), 0.0
+    for name, curve in curves.items():
+        at = np.asarray(x[name] if isinstance(x, Mapping) else x, float)
+        ax.plot(at, curve.mean, color=colour_of[name], marker="o", markersize=3, linewidth=2)
+        ax.fill_between(at, curve.low, curve.high, color=colour_of[name], alpha=0.15, linewidth=0)
+        last = max(last, at[-1])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    label_ends(ax, last, {name: float(curve.mean[-1]) for name, curve in curves.items()}, colour_of)
+    return _figure(ax)
+
+
 def by_depth(
     accuracy: Mapping[str, Interval],
     depths: ArrayLike | Mapping[str, ArrayLike],
@@ -74,7 +97,7 @@ def by_depth(
     ax: Axes | None = None,
 ) -> Figure:
     """`curves` over the depth of the answer."""
-    figure = curves(accuracy, depths, xlabel="depth of the answer (0 beginning, 1 end)", ylabel=ylabel, ax=ax)
+    figure = curves(accuracy, depths, xlabel=DEPTH, ylabel=ylabel, ax=ax)
     (ax or figure.axes[0]).set_xlim(-0.02, 1.02)
     return figure
 
@@ -156,7 +179,8 @@ def heat_map(values: pd.DataFrame, *, xlabel: str, label: str, ax: Axes | None =
     """Shares between 0 and 1 over depth (index) and something else (columns), written into their cells."""
     ax = ax or plt.subplots()[1]
     sns.heatmap(values, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis", cbar_kws={"label": label}, ax=ax)
-    ax.set(xlabel=xlabel, ylabel="depth of the answer (0 beginning, 1 end)")
+    ax.set(xlabel=xlabel, ylabel=DEPTH)
+    ax.tick_params(axis="y", rotation=0)
     return _figure(ax)
 
 
