@@ -36,7 +36,7 @@ def clean_cache(tmp_path, monkeypatch, smollm2):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_at_smoke(path, clean_cache, tmp_path):
     parameters = parameters_of(path.stem, "smoke")
-    papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters, progress_bar=False, cwd=path.parent)
+    papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters, progress_bar=False)
     assert (clean_cache / "ledger.sqlite").exists() or (clean_cache / "tables").exists(), "it measured"
     assert printed_summary(tmp_path / "out.ipynb")
     assert_outputs_are_pictures_and_short_text(nbformat.read(tmp_path / "out.ipynb", as_version=4))
