@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lrs_utils.analysis.methods import COLOURS
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions, paired_test, utilisation
 from lrs_utils.models.load import LM
 from lrs_utils.progress import no_progress_bars
@@ -29,7 +30,7 @@ _SPACES = {
     "outputs": "gains of attention and MLP outputs",
     **{name: name.replace("_", " ") for name in ("factors", "temperatures", "head_gains", "head_temperatures")},
 }  # fmt: skip
-_LINES = (("0.5", "s"), ("#029e73", "o"), ("#de8f05", "^"))  # no scaling, found, one more
+_MARKERS = "so^"  # of no scaling, the one found, one more
 _REPEATS = ("near repeats", "trigrams seen before")
 
 
@@ -155,7 +156,8 @@ class Found:
 def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
     """Accuracy by depth, in fifths or tenths: one line per scaling, with intervals, labelled with its name and mean."""
     labels = []
-    for (name, o), (colour, marker) in zip(outcomes.items(), _LINES, strict=False):
+    for (name, o), marker in zip(outcomes.items(), _MARKERS, strict=False):
+        colour = COLOURS.get(name, COLOURS["the paper's GA"])
         n_bins = 10 if o.depths.ndim == 1 and len(o.depths) >= 20 else 5
         parts = [part[~np.isnan(part)] for part in by_fifth(o.exact[0], o.depths, n_bins).T]
         at = np.array([(bin + 0.5) / n_bins for bin, part in enumerate(parts) if len(part)])
