@@ -19,7 +19,7 @@ demo: texts
 	@mkdir -p build
 	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -f notebooks/profiles/demo/00.yaml
 	@$(BIN)/python tools/first_screen.py build/demo.ipynb
-	@$(BIN)/jupyter nbconvert --log-level WARN --to html build/demo.ipynb
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html --template page --TemplateExporter.extra_template_basedirs=tools build/demo.ipynb
 	@$(BIN)/python tools/reproduce.py build/demo.ipynb
 	@echo "page:        $(CURDIR)/build/demo.html"
 

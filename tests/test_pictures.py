@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from first_screen import fill_first_screen
 from matplotlib import pyplot as plt
+from nbconvert import HTMLExporter
 
 from lrs_utils.analysis.methods import COLOURS, colour_of, compare, dot_panels, dots
 from lrs_utils.analysis.pictures import as_image, write_svg
@@ -80,3 +83,14 @@ def test_the_first_screen_gets_what_the_notebook_found():
     assert first.attachments == {"figure.png": {"image/png": "AAAA"}}
     with pytest.raises(ValueError, match="no cell tagged 'figure' shows image/png"):
         fill_first_screen(nbformat.v4.new_notebook(cells=cells[:2]))
+
+
+def test_a_page_has_the_words_of_its_pictures_and_leaves_out_hidden_cells():
+    picture = nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": {"alt": 'a "U"'}})
+    hidden = nbformat.v4.new_code_cell("secret = 1", outputs=[picture], metadata={"jupyter": {"source_hidden": True}})
+    book = nbformat.v4.new_notebook(cells=[hidden, nbformat.v4.new_code_cell("shown = 2")])
+    tools = Path(__file__).parent.parent / "tools"
+    page, _ = HTMLExporter(template_name="page", extra_template_basedirs=[str(tools)]).from_notebook_node(book)
+    assert """<img alt='a "U"'""" in page
+    assert "secret" not in page
+    assert "shown" in page

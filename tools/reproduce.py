@@ -312,7 +312,9 @@ def _write_index(folder: Path, ended: Sequence[Done]) -> None:
         if _executed_cells(executed):
             from nbconvert import HTMLExporter
 
-            body, _ = HTMLExporter().from_filename(str(executed))  # type: ignore[no-untyped-call]
+            templates = [str(Path(__file__).parent)]
+            exporter = HTMLExporter(template_name="page", extra_template_basedirs=templates)  # type: ignore[no-untyped-call]
+            body, _ = exporter.from_filename(str(executed))
             executed.with_suffix(".html").write_text(body, encoding="utf-8")
             name = f'<a href="{done.notebook}.html">{done.notebook}</a>'
         cells = (name, f"{done.seconds:.0f}", done.status, html.escape(done.error))
