@@ -73,7 +73,10 @@ class Judge:
 
     def text_pieces(self, text: str, scalings: Mapping[str, LayerScaling]) -> Pieces:
         """The mean nll of a text for each scaling: pieces of a table."""
-        mean = lambda scaling: pd.DataFrame({"text": [self.text_nll(text, scaling).mean()]})  # noqa: E731
+
+        def mean(scaling: LayerScaling) -> pd.DataFrame:
+            return pd.DataFrame({"text": [self.text_nll(text, scaling).mean()]})
+
         return {name_piece(name, scaling): partial(mean, scaling) for name, scaling in scalings.items()}
 
 

@@ -308,7 +308,7 @@ class Mortal(Ledger):
 
 
 def told(found):
-    """All of a result that doesn't hang on the clock."""
+    """All of a result that doesn't depend on the clock."""
     table = found.table[found.table["measure"] != "seconds"]
     return found.scaling.key, found.about, found.choices.to_json(), table.to_json(), [
         [(o.exact.tolist(), o.nll.tolist()) for o in outcomes] for outcomes in found.judged.outcomes

@@ -31,7 +31,7 @@ class Bars {
     return [Math.min(low, 1, ...values) * 0.95, Math.max(high, 1, ...values) * 1.05];
   }
 
-  /** Axes anew where bars have left them, but never under a finger. */
+  /** New axes where bars have left the old ones, but never during a drag. */
   drawAxes() {
     const { layers, step } = this.edited.config, range = this.findRange();
     if (this.range && (this.edited.isDragged || areEqual(range, this.range))) return;
