@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from lrs_utils import LayerScaling, score, tasks
+from lrs_utils.analysis.methods import label_ends
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean
 from lrs_utils.models.load import LM
 from lrs_utils.scoring.ledger import Ledger
@@ -113,12 +114,8 @@ def draw_lines(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left", fontsize="medium")
     if named:
-        low, high = ax.get_ylim()
-        below, right = -np.inf, at[-1] + 0.02 * float(np.ptp(at))
-        ends = zip(lines, [float(line.mean[-1]) for line in lines.values()], colours, strict=False)
-        for name, height, colour in sorted(ends, key=lambda end: end[1]):
-            below = max(height, below + 0.075 * (high - low))
-            ax.text(right, below, name, va="center", color=colour, fontsize="small")
+        ends = {name: float(line.mean[-1]) for name, line in lines.items()}
+        label_ends(ax, at[-1], ends, dict(zip(lines, colours, strict=False)), gap=0.075)
     figure = ax.figure
     assert isinstance(figure, Figure)
     return figure
