@@ -13,7 +13,7 @@ PROFILE ?= cpu
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST := torch==2.9.0 transformers==5.20.0
 
-.PHONY: demo reproduce test test-oldest bench lint model texts clean
+.PHONY: demo reproduce test test-oldest bench lint model gemma texts clean
 
 demo: texts
 	@mkdir -p build
@@ -48,6 +48,10 @@ lint: .venv/installed
 # the embedded model, fetched and converted into the cache once
 model: .venv/installed
 	@$(BIN)/python -c "from lrs_utils import load_lm; print(load_lm())"
+
+# the second real model, which its tests need (239 MB to fetch, 1.1 GB in the cache)
+gemma: .venv/installed
+	@$(BIN)/python -c "from lrs_utils import load_lm; print(load_lm('gemma3-270m'))"
 
 # the model, and 8 MB of books and facts, fetched once, so that tests need no network
 texts: .venv/installed

@@ -5,7 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 from lrs_utils import HeadScaling, load_lm
-from lrs_utils.models.embedded import EMBEDDED
+from lrs_utils.models.download import cache_folder
+from lrs_utils.models.embedded import DEFAULT
 from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
 
@@ -45,7 +46,15 @@ def tiny() -> LM:
 @pytest.fixture(scope="session")
 def smollm2() -> LM:
     """The real model in float32; `make model` has put it into the cache."""
-    return load_lm(EMBEDDED, dtype="float32", device="cpu")
+    return load_lm(DEFAULT, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> LM:
+    """The second real model in float32, where `make gemma` has fetched it (CI does)."""
+    if not (cache_folder() / "gemma3-270m").exists():
+        pytest.skip("gemma3-270m is not in the cache; make gemma fetches it (239 MB)")
+    return load_lm("gemma3-270m", dtype="float32", device="cpu")
 
 
 @pytest.fixture(

