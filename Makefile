@@ -1,6 +1,6 @@
 # make demo: a scaling for a real model, found and tested in minutes.   make test: everything CI checks.
 # make test-oldest: the same on the oldest torch and transformers allowed, in a venv of its own.
-# make bench: what an answer and a search cost, against decoding each answer separately and the machine's limit.
+# make bench: what an answer, a gradient and a search cost, and how soon two models gain: minutes to so many points.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
 EXTRAS := cluster,hub,rivals,test,tune
@@ -37,8 +37,9 @@ test-oldest: texts
 reproduce: .venv/installed
 	$(BIN)/python tools/reproduce.py --profile $(PROFILE)
 
-bench: model
+bench: model gemma
 	$(BIN)/python tools/benchmark.py
+	$(BIN)/python tools/record.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

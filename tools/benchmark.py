@@ -160,7 +160,7 @@ def measure_prices(lm: LM, repetitions: int) -> None:
     ]
     prices = price_table(measured(lm, plan))
     print(prices.round(2).to_string(index=False))
-    write_table("gradient_prices", prices, f"benchmark.py | {_machine(lm)} | {lm!r}", "%.3f")
+    write_table("gradient_prices", prices, f"benchmark.py | {describe_machine(lm)} | {lm!r}", "%.3f")
 
 
 def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...]]:
@@ -339,7 +339,7 @@ def main() -> None:
     raw = measured(lm, plan)
     table = summary(with_searches(raw, recorded))
     peaks = raw[raw["repetition"] == 0].groupby("pairs")["peak"].max()  # of the process so far, fewest pairs first
-    provenance = f"make bench | {versions()} | {_machine(lm)} | {lm!r}"
+    provenance = f"make bench | {versions()} | {describe_machine(lm)} | {lm!r}"
     facts = [f"matrix products: {raw['rate'].median() / 1e9:.0f} GFLOP/s"]
     facts += [f"peak memory up to {n} pairs: {gib:.2f} GiB" for n, gib in peaks.items()]
     facts += [profile(lm, work) for work in plan[0] if work.pairs == pairs and work.line in (GENERATE, ALL)]
@@ -357,7 +357,8 @@ def _warm_up(lm: LM, scaling: LayerScaling) -> None:
     score_work(lm, ALL, tasks.kv_retrieval(4, 1), [scaling]).run(Progress(1, "warm-up"))
 
 
-def _machine(lm: LM) -> str:
+def describe_machine(lm: LM) -> str:
+    """The GPU, or threads, cores and name of the processor."""
     if lm.model.device.type == "cuda":
         return torch.cuda.get_device_name(lm.model.device)
     cpus = Path("/proc/cpuinfo")

@@ -4,8 +4,8 @@
 
 Each row of data/results/spaces.csv is one `find_scaling` (a space, a seed, the tasks of its objective) with its
 gains on 20 UUID pairs and on 40 short pairs; the scaling itself is in build/spaces. If it is killed, the same command
-resumes: outcomes are in the ledger, and finished ones are exported beside the table, so that another machine can
-continue from there too.
+resumes: outcomes are in the ledger, and those of finished searches are exported to data/results/spaces, from where
+another machine can continue too.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, paired_test
 from lrs_utils.models.download import cache_folder
 from lrs_utils.notebook import ROOT, versions
 
-TABLE, OUTCOMES = RESULTS / "spaces.csv", RESULTS / "spaces.outcomes.csv.gz"
+TABLE, OUTCOMES = RESULTS / "spaces.csv", RESULTS / "spaces"  # a file of outcomes for each search
 SEARCHED = {
     "uuid": [partial(tasks.kv_retrieval, 12)],
     "short": [partial(tasks.kv_retrieval, 40, keys="short")],
@@ -45,8 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     lm = load_lm(options.model, dtype=options.dtype)
     ledger = Ledger(cache_folder() / "spaces.sqlite")
-    if OUTCOMES.exists():
-        ledger.load(OUTCOMES)
+    for file in OUTCOMES.glob("*.outcomes.csv.gz"):
+        ledger.load(file)
     tested = {
         keys: task(n_contexts=n, seed=TEST_SEED)
         for (keys, task), n in zip(TESTED.items(), options.contexts, strict=True)
@@ -58,13 +58,17 @@ def main() -> None:
                 found = find_scaling(lm, SEARCHED[searched], space=space, seed=seed, ledger=ledger, **RECIPE)
                 print(f"{searched} {space} {seed}: {found}", flush=True)
                 row = _judge(lm, found, tested, searched, space, seed, ledger)
-                file = ROOT / "build" / "spaces" / f"{searched}-{space}-{seed}.json"
+                name = f"{searched}-{space}-{seed}"
+                file = ROOT / "build" / "spaces" / f"{name}.json"
                 about = {"model": lm.name, "fingerprint": lm.fingerprint, "found": found.about, "test": row}
                 save_factors(
                     file, found.scaling, **about, command="python tools/compare_spaces.py", versions=versions()
                 )
                 _write_row(row)
-                ledger.export(OUTCOMES, None, None, describe_origin("compare_spaces.py"))
+                measured, asked = found.evidence
+                tests = [key for suite in tested.values() for probe in suite.probes for key in probe.keys]
+                origin = describe_origin("compare_spaces.py")
+                ledger.export(OUTCOMES / f"{name}.outcomes.csv.gz", measured, [*asked, *tests], origin)
 
 
 def _judge(
@@ -91,8 +95,8 @@ def _judge(
     for kind in found.about["texts"]:
         text = found.row("text", f"perplexity, not seen: {kind}")
         row[f"perplexity %: {kind}"] = 100 * text["change"] / text["no scaling"]
-    for way in ("greedy", "drawn"):
-        row[f"near repeats %, {way}"] = 100 * found.row("free text", f"near repeats, {way}")["change"]
+    for kind in ("greedy", "drawn"):
+        row[f"near repeats %, {kind}"] = 100 * found.row("free text", f"near repeats, {kind}")["change"]
     return row | {"seconds": found.row("search", "seconds")["found"]}
 
 
