@@ -120,7 +120,7 @@ def measure_perplexity(lm: LM, name: str, scaling: LayerScaling, *, tokens: int,
 
 
 def tabulate_costs(
-    short_nll: pd.DataFrame, accuracy: Mapping[str, Mapping[str, Floats]], base: str = "unscaled"
+    short_nll: pd.DataFrame, accuracy: Mapping[str, Mapping[str, Floats]], base: str = "no scaling"
 ) -> pd.DataFrame:
     """What each scaling does to perplexity (times that of `base`) and to the accuracy on each suite, with intervals.
 
