@@ -14,6 +14,7 @@ import random
 import shlex
 import shutil
 import subprocess
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ AGAIN = "again"  # the folder, below a run's, for pieces of tables measured agai
 RESULTS_FOLDER = "LRS_RESULTS"  # the variable that says where results go
 _SAMPLE = 20  # outcomes to forget behind each notebook
 _SHIPPED = ".outcomes.csv.gz"
+
+# A notebook imports modules from its own folder, and papermill may run it in any other.
+sys.path.insert(0, str(ROOT / "notebooks"))
 
 
 @dataclass(frozen=True)

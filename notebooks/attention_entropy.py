@@ -73,12 +73,17 @@ def measure_texts(lm: LM, kind: str, texts: Sequence[Text]) -> pd.DataFrame:
     return pd.concat(rows).reset_index().round(5)
 
 
-def correlate_with_depth(entropy: Mapping[tuple[str, str], NDArray[np.float64]]) -> pd.DataFrame:
-    """Correlate entropy with depth within each text: mean and interval over texts; entropy in each half of the layers.
+def correlate_over_layers(entropy: Mapping[tuple[str, str], NDArray[np.float64]]) -> pd.DataFrame:
+    """Correlate entropy with the layer's number within each text; mean entropy of each half of the layers.
 
     Parameters
     ----------
     entropy : mapping of (kind of text, queries) to array, shape (texts, layers)
+
+    Returns
+    -------
+    DataFrame
+        By kind and queries; correlations are means with intervals over texts.
     """
     rows = {}
     for key, values in entropy.items():

@@ -120,7 +120,7 @@ def measure_perplexity(lm: LM, name: str, scaling: LayerScaling, *, tokens: int,
 
 
 def tabulate_costs(
-    short_nll: pd.DataFrame, accuracy: Mapping[str, Mapping[str, Floats]], base: str = "unscaled"
+    short_nll: pd.DataFrame, accuracy: Mapping[str, Mapping[str, Floats]], base: str = "no scaling"
 ) -> pd.DataFrame:
     """What each scaling does to perplexity (times that of `base`) and to the accuracy on each suite, with intervals.
 
@@ -242,7 +242,7 @@ def draw_gains(gains: Mapping[str, Mapping[str, Floats]]) -> Figure:
 
 
 def draw_factors(scalings: Mapping[str, Sequence[float]], *, ax: Axes) -> None:
-    """Factors over depth, a step line for each method, named at its middle."""
+    """Factors by layer, a step line for each method, named at its middle."""
     for name, values in scalings.items():
         ax.step(np.arange(len(values)), values, where="mid", color=colour_of(name), linewidth=2)
         middle = len(values) // 2

@@ -1,8 +1,7 @@
 """Factors for reading beyond the window: how they are searched at one length, and measured at others.
 
 A setting is a scheme, how factors combine with its extension, and how they were searched; its name joins the three:
-"NTK, divide, GA". A scheme with no factors on top is "NTK, uniform", and no scaling is "none, uniform". The tables that
-ship call a setting's name "way".
+"NTK, divide, GA". A scheme with no factors on top is "NTK alone". In tables, as "no scaling", these are methods.
 """
 
 import resource
@@ -27,6 +26,7 @@ from lrs_utils.searchers.objectives import mixture
 from lrs_utils.tasks import Suite
 from lrs_utils.training.small import SIZES, WINDOW, suites
 
+NO_SCALING = "no scaling"
 SCHEMES = {"PI": "pi", "NTK": "ntk", "Dynamic NTK": "dynamic_ntk", "YaRN": "yarn"}
 SPACE: dict[str, Any] = {"bounds": [0.5, 2.0], "step": 0.1, "start": 1.0, "rate": 0.05}
 Setting = tuple[str, str, str]  # scheme, how factors combine with its extension, how they are searched
@@ -34,6 +34,7 @@ LONG_SETTINGS = [  # of a model whose windows are costly
     *[(name, "multiply", "GA") for name in ("PI", "Dynamic NTK", "YaRN")],
     ("PI", "multiply", "one factor"),
 ]
+Factors = Sequence[float] | None
 Reading = tuple[Any, ...]  # scheme, how factors combine with its extension, factors; the scheme alone without both
 
 
@@ -43,11 +44,9 @@ def list_settings() -> list[Setting]:
     return [of for of in every if of[:2] != ("PI", "divide") and of[::2] != ("YaRN", "gradient")]
 
 
-def stretch(
-    lm: LM, name: str, length: int, factors: Sequence[float] | None = None, combine: str = "multiply"
-) -> LayerScaling:
+def stretch(lm: LM, name: str, length: int, factors: Factors = None, combine: str = "multiply") -> LayerScaling:
     """A scheme with the extension that a length needs: none within the window; Dynamic NTK finds it itself."""
-    if name == "none" or length <= lm.window:
+    if name == NO_SCALING or length <= lm.window:
         return LayerScaling.identity(lm.num_layers)
     extension = 1.0 if name == "Dynamic NTK" else length / lm.window
     return ExtendedScaling(factors or (1.0,) * lm.num_layers, SCHEMES[name], extension=extension, combine=combine)
@@ -132,7 +131,9 @@ def search_all(
         candidates, nll = search_layers(lm, suite, start, how, budget, seed=seed, ledger=run.ledger)
         best = candidates[int(np.argmin(nll))].factors
         rows = pd.DataFrame({"layer": range(lm.num_layers), "factor": best, "nll": nll[0], "best": min(nll)})
-        return rows.assign(scheme=name, combine=combine, how=how, way=f"{name}, {combine}, {how}", candidates=len(nll))
+        return rows.assign(
+            scheme=name, combine=combine, how=how, method=f"{name}, {combine}, {how}", candidates=len(nll)
+        )
 
     pieces = {", ".join(setting): partial(measure, *setting) for setting in settings}
     return run.table(
@@ -142,10 +143,10 @@ def search_all(
 
 def list_readings(found: pd.DataFrame, without: Sequence[str] = ()) -> dict[str, Reading]:
     """What is measured, by its setting's name: no scaling, each scheme alone, and the factors found on top of it."""
-    readings: dict[str, Reading] = {f"{name}, uniform": (name,) for name in ("none", *SCHEMES)}
-    for way, rows in found.groupby("way", sort=False):
-        readings[str(way)] = (*rows[["scheme", "combine"]].iloc[0], tuple(rows["factor"]))
-    return {way: of for way, of in readings.items() if of[0] not in without}
+    readings: dict[str, Reading] = {NO_SCALING: (NO_SCALING,)} | {f"{name} alone": (name,) for name in SCHEMES}
+    for method, rows in found.groupby("method", sort=False):
+        readings[str(method)] = (*rows[["scheme", "combine"]].iloc[0], tuple(rows["factor"]))
+    return {method: of for method, of in readings.items() if of[0] not in without}
 
 
 def choose_best(found: pd.DataFrame) -> pd.DataFrame:
@@ -156,7 +157,7 @@ def choose_best(found: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         Index: the setting's name. Columns "scheme" and "kind", which is "one factor" or "layer factors".
     """
-    rows = found.groupby("way", sort=False).first()
+    rows = found.groupby("method", sort=False).first()
     rows["kind"] = rows["how"].where(rows["how"] == "one factor", "layer factors")
     rows["kind"] = pd.Categorical(rows["kind"], ["one factor", "layer factors"])
     rows["scheme"] = pd.Categorical(rows["scheme"], [*SCHEMES])
@@ -176,7 +177,7 @@ def measure_perplexity(
     """
     known: dict[Any, list[float]] = {}  # within the window nothing is scaled
 
-    def measure(way: str, name: str, combine: str = "multiply", factors: Sequence[float] | None = None) -> pd.DataFrame:
+    def measure(method: str, name: str, combine: str = "multiply", factors: Factors = None) -> pd.DataFrame:
         rows = []
         for length, n in zip(at["lengths"], at["texts"], strict=True):
             scaling = stretch(lm, name, length, factors, combine)
@@ -186,10 +187,10 @@ def measure_perplexity(
                     known[what] = _time_nll(lm, plays[text], length, scaling, at)
                 rows.append([text, length, *known[what]])
         columns = ["text", "length", "nll", "seconds per 1,000 tokens", "GiB"]
-        return pd.DataFrame(rows, columns=columns).assign(way=way)
+        return pd.DataFrame(rows, columns=columns).assign(method=method)
 
-    pieces = {way: partial(measure, way, *of) for way, of in readings.items()}
-    return run.table(table, pieces, model=lm.fingerprint, **at, ways=[*readings.values()])
+    pieces = {method: partial(measure, method, *of) for method, of in readings.items()}
+    return run.table(table, pieces, model=lm.fingerprint, **at, readings=[*readings.values()])
 
 
 def _time_nll(lm: LM, text: str, length: int, scaling: LayerScaling, at: Mapping[str, Any]) -> list[float]:
@@ -205,18 +206,18 @@ def measure_retrieval(
 ) -> pd.DataFrame:
     """Per cent of exact answers of the small model on pairs and on a pass key, by context and length."""
 
-    def measure(way: str, name: str, combine: str = "multiply", factors: Sequence[float] | None = None) -> pd.DataFrame:
+    def measure(method: str, name: str, combine: str = "multiply", factors: Factors = None) -> pd.DataFrame:
         parts = []
         for length, task in product(lengths, ("pairs", "pass key")):
             scaling = stretch(lm, name, length, factors, combine)
             asked = suites(task, length, contexts, 2_000 + seed)
             part = _answer(lm, asked, scaling, run.ledger)
-            parts.append(part.assign(way=way, task=task, length=length))
+            parts.append(part.assign(method=method, task=task, length=length))
         return pd.concat(parts)
 
-    pieces = {way: partial(measure, way, *of) for way, of in readings.items()}
+    pieces = {method: partial(measure, method, *of) for method, of in readings.items()}
     about: dict[str, Any] = {"model": lm.fingerprint, "lengths": list(lengths), "n": contexts, "seed": seed}
-    return run.table(table, pieces, **about, ways=[*readings.values()])
+    return run.table(table, pieces, **about, readings=[*readings.values()])
 
 
 def _answer(lm: LM, asked: Sequence[Suite], scaling: LayerScaling, ledger: Ledger) -> pd.DataFrame:
@@ -232,7 +233,7 @@ def measure_long_retrieval(
     """Whether each answer is right (0 or 100) and its nll: one context of pairs, and a pass key at its beginning."""
     n = (length - 200) // {"uuid": 73, "short": 15}[keys]
 
-    def measure(way: str, name: str, combine: str = "multiply", factors: Sequence[float] | None = None) -> pd.DataFrame:
+    def measure(method: str, name: str, combine: str = "multiply", factors: Factors = None) -> pd.DataFrame:
         pairs = tasks.kv_retrieval(n, 1, seed=2_000 + seed, keys=keys, positions=range(0, n, max(1, n // 15)))
         [key] = tasks.passkey((length - 80) // 25, 1, seed=2_000 + seed, depths=[0])
         scaling, parts = stretch(lm, name, length, factors, combine), []
@@ -240,27 +241,27 @@ def measure_long_retrieval(
             outcomes = score(lm, suite, [scaling], ledger=run.ledger, extrapolate=True)
             columns = {"right": 100 * outcomes.exact[0, 0], "nll": outcomes.nll[0, 0], "depth": outcomes.depths}
             parts.append(pd.DataFrame(columns).assign(task=task))
-        return pd.concat(parts).assign(way=way)
+        return pd.concat(parts).assign(method=method)
 
-    pieces = {way: partial(measure, way, *of) for way, of in readings.items()}
+    pieces = {method: partial(measure, method, *of) for method, of in readings.items()}
     about: dict[str, Any] = {"model": lm.fingerprint, "length": length, "keys": keys, "seed": seed}
-    return run.table(table, pieces, **about, ways=[*readings.values()])
+    return run.table(table, pieces, **about, readings=[*readings.values()])
 
 
-def name_alone(way: str) -> str:
+def name_alone(method: str) -> str:
     """The setting of the same scheme with no factors on top."""
-    return way.partition(", ")[0] + ", uniform"
+    return method.partition(", ")[0] + " alone" if ", " in method else method
 
 
-def name_one_factor(way: str) -> str:
+def name_one_factor(method: str) -> str:
     """The setting of the same scheme and combination with one factor for all layers."""
-    scheme, _, rest = way.partition(", ")
-    return way if rest == "uniform" else f"{scheme}, {rest.partition(', ')[0]}, one factor"
+    scheme, _, rest = method.partition(", ")
+    return f"{scheme}, {rest.partition(', ')[0]}, one factor" if rest else method
 
 
-def name_multiply(way: str) -> str:
+def name_multiply(method: str) -> str:
     """The same setting with factors multiplied into the scheme."""
-    return way.replace("divide", "multiply")
+    return method.replace("divide", "multiply")
 
 
 def compare_perplexity(rows: pd.DataFrame, baseline: Callable[[str], str] = name_alone) -> pd.DataFrame:
@@ -269,12 +270,12 @@ def compare_perplexity(rows: pd.DataFrame, baseline: Callable[[str], str] = name
     Perplexity is of the texts that all lengths have. Intervals are over texts; `p` is corrected over the settings at a
     length (Holm).
     """
-    wide = rows.pivot_table(index="text", columns=["way", "length"], values="nll", sort=False)
+    wide = rows.pivot_table(index="text", columns=["method", "length"], values="nll", sort=False)
     lengths = wide.columns.unique("length")
     by_length = {at: paired_changes(pd.DataFrame(wide.xs(at, axis=1, level=1)), baseline) for at in lengths}
     table = pd.concat(by_length, names=["length"]).drop(columns="mean").reset_index()
     mean = wide.dropna().mean().rename("perplexity").reset_index()
-    table = mean.merge(table, how="left", on=["way", "length"])
+    table = mean.merge(table, how="left", on=["method", "length"])
     changes = {column: 100 * np.expm1(table[column]) for column in ("change", "low", "high")}
     return table.assign(perplexity=np.exp(table["perplexity"]), **changes)
 
@@ -289,16 +290,16 @@ def compare_best(rows: pd.DataFrame, found: pd.DataFrame, rival: str = "scheme a
     """
     best = choose_best(found)
     if rival == "scheme alone":
-        return compare_perplexity(rows).dropna(subset="change").join(best, on="way", how="inner")
-    one = {of["scheme"]: way for way, of in best.iterrows() if of["kind"] == "one factor"}
-    chosen = rows[rows["way"].isin(best.index)]
-    table = compare_perplexity(chosen, lambda way: str(one.get(way.partition(", ")[0], way)))
-    return table.dropna(subset="change").join(best, on="way")
+        return compare_perplexity(rows).dropna(subset="change").join(best, on="method", how="inner")
+    one = {of["scheme"]: method for method, of in best.iterrows() if of["kind"] == "one factor"}
+    chosen = rows[rows["method"].isin(best.index)]
+    table = compare_perplexity(chosen, lambda method: str(one.get(method.partition(", ")[0], method)))
+    return table.dropna(subset="change").join(best, on="method")
 
 
 def group_by_setting(table: pd.DataFrame, mean: str = "change") -> pd.DataFrame:
     """Rows as `methods.dots_by_group` takes them: a group for each scheme and combination, a method for each search."""
-    parts = [str(way).split(", ") for way in table["way"]]
+    parts = [str(method).split(", ") for method in table["method"]]
     groups = [scheme if scheme == "PI" else f"{scheme}, {combine}" for scheme, combine, _ in parts]
     return _as_groups(table, groups, [how for *_, how in parts], mean)
 
@@ -330,16 +331,16 @@ def list_changes(table: pd.DataFrame) -> str:
 
 def average_alone(rows: pd.DataFrame) -> pd.DataFrame:
     """Perplexity with no scaling and with each scheme alone (index) by length (columns), of texts of all lengths."""
-    table = compare_perplexity(rows[rows["way"].str.endswith(", uniform")])
-    values = table.pivot_table(index="way", columns="length", values="perplexity", sort=False)
-    return values.rename(index=say_setting).rename(index=lambda name: name.removesuffix(" alone"))
+    table = compare_perplexity(rows[~rows["method"].str.contains(", ")])
+    values = table.pivot_table(index="method", columns="length", values="perplexity", sort=False)
+    return values.rename(index=lambda name: name.removesuffix(" alone"))
 
 
-def say_setting(way: str) -> str:
+def say_setting(method: str) -> str:
     """A setting in words: "no scaling", "PI alone", "YaRN with one factor", "NTK with layer factors"."""
-    scheme, *_, how = way.split(", ")
-    if how == "uniform":
-        return "no scaling" if scheme == "none" else f"{scheme} alone"
+    if ", " not in method:
+        return method
+    scheme, *_, how = method.split(", ")
     return f"{scheme} with {how if how == 'one factor' else 'layer factors'}"
 
 
@@ -366,13 +367,13 @@ def group_retrieval(
 
     They are of each scheme alone and of what `choose_best` chose.
     """
-    kinds = {f"{scheme}, uniform": (scheme, "scheme alone") for scheme in SCHEMES}
-    kinds |= {str(way): (of["scheme"], of["kind"]) for way, of in best.iterrows()}
-    kinds["none, uniform"] = ("no scaling", "scheme alone")
+    kinds = {f"{scheme} alone": (scheme, "scheme alone") for scheme in SCHEMES}
+    kinds |= {str(method): (of["scheme"], of["kind"]) for method, of in best.iterrows()}
+    kinds[NO_SCALING] = (NO_SCALING, "scheme alone")
     panels = {}
     for length in lengths:
         at = retrieval[(retrieval["task"] == task) & (retrieval["length"] == length)]
-        parts = {kind: bootstrap_mean(at[at["way"] == way]["right"]) for way, kind in kinds.items()}
+        parts = {kind: bootstrap_mean(at[at["method"] == method]["right"]) for method, kind in kinds.items()}
         rows = [[float(part.mean), float(part.low), float(part.high)] for part in parts.values()]
         index = pd.MultiIndex.from_tuples([*parts])
         panels[f"{length:,} tokens"] = pd.DataFrame(rows, columns=["mean", "low", "high"], index=index)

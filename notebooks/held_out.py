@@ -121,12 +121,12 @@ def trace(rows: pd.DataFrame, doses: Sequence[tuple[str, float]]) -> pd.DataFram
     Returns
     -------
     DataFrame
-        "way" (the method), "dose", "gain" and "perplexity", by method and dose; dose 0 gains and costs nothing.
+        "method", "dose", "gain" and "perplexity", by method and dose; dose 0 gains and costs nothing.
     """
     names = [*dict.fromkeys(name for name, _ in doses)]
-    starts = pd.DataFrame({"way": names, "dose": 0.0, "gain": 0.0, "perplexity": 0.0})
-    points = compare_first(rows)[1:].assign(way=[name for name, _ in doses], dose=[dose for _, dose in doses])
-    return pd.concat([starts, points]).sort_values(["way", "dose"], kind="stable")
+    starts = pd.DataFrame({"method": names, "dose": 0.0, "gain": 0.0, "perplexity": 0.0})
+    points = compare_first(rows)[1:].assign(method=[name for name, _ in doses], dose=[dose for _, dose in doses])
+    return pd.concat([starts, points]).sort_values(["method", "dose"], kind="stable")
 
 
 def find_gain(rows: pd.DataFrame, percent: float) -> float:
@@ -142,13 +142,13 @@ def find_front(points: pd.DataFrame, percents: Sequence[int] = (1, 5)) -> pd.Dat
     Parameters
     ----------
     points : DataFrame
-        A row for each dose from 0 to 1: "way" (the method), "dose", "gain", "perplexity".
+        A row for each dose from 0 to 1: "method", "dose", "gain", "perplexity".
     """
-    of_each = points.groupby("way")
+    of_each = points.groupby("method")
     front = pd.DataFrame(
         {f"gain at +{p} %": of_each.apply(partial(find_gain, percent=p), include_groups=False) for p in percents}
     )
-    whole = points[points["dose"] == 1].set_index("way")
+    whole = points[points["dose"] == 1].set_index("method")
     return front.assign(gain=whole["gain"], perplexity=whole["perplexity"])
 
 
@@ -176,8 +176,8 @@ def summarise(outcomes: Outcomes, names: Sequence[str], uniform: int) -> pd.Data
     """
     by_context = outcomes.exact.mean(axis=2)
     rows = [_summarise_one(outcomes, by_context, m, uniform) for m in range(len(names))]
-    table = pd.DataFrame(rows, index=pd.Index(names, name="way"))
-    for name, baseline in {"p_unscaled": 0, "p_uniform": uniform}.items():
+    table = pd.DataFrame(rows, index=pd.Index(names, name="method"))
+    for name, baseline in {"p_no_scaling": 0, "p_uniform": uniform}.items():
         others = np.arange(len(table)) != baseline  # nothing is tested against itself
         table[name] = table[name].where(others)
         table.loc[others, name] = holm(table.loc[others, name])
@@ -209,9 +209,9 @@ def name_picks(
     found : mapping of method and seed to LayerScaling
     doses : mapping of a choice to its row of `trace`
     """
-    names = {role: f"{row['way']} at dose {row['dose']}" for role, row in doses.items()}
-    for (way, seed), scaling in found.items():
-        names |= {role: f"{way}, seed {seed}" for role in picks if role not in doses and scaling == picks[role]}
+    names = {role: f"{row['method']} at dose {row['dose']}" for role, row in doses.items()}
+    for (method, seed), scaling in found.items():
+        names |= {role: f"{method}, seed {seed}" for role in picks if role not in doses and scaling == picks[role]}
     return names
 
 
@@ -225,13 +225,13 @@ def order_by_gain(table: pd.DataFrame, tested: Mapping[str, LayerScaling], names
     names : mapping
         Of `name_picks`.
     """
-    of_methods = {scaling for way, scaling in tested.items() if way not in names}
-    kept = [way for way, scaling in tested.items() if way != NO_SCALING]
-    kept = [way for way in kept if way not in names or tested[way] not in of_methods]
+    of_methods = {scaling for method, scaling in tested.items() if method not in names}
+    kept = [method for method, scaling in tested.items() if method != NO_SCALING]
+    kept = [method for method in kept if method not in names or tested[method] not in of_methods]
     rows = 100 * table.loc[kept, ["gain", "gain_low", "gain_high"]].round(4)
     rows.columns = pd.Index(["mean", "low", "high"])
     rows["perplexity"] = table.loc[kept, "perplexity"]
-    rows.index = pd.Index([names.get(way, way) for way in kept])
+    rows.index = pd.Index([names.get(method, method) for method in kept])
     return rows.sort_values("mean", ascending=False, kind="stable")
 
 
@@ -276,7 +276,7 @@ def _summarise_one(outcomes: Outcomes, by_context: NDArray[np.float64], m: int, 
     row: dict[str, float] = {}
     for name, values in {"accuracy": by_context[m], "U": u, "nll": nll, "gain": gain}.items():
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), map(float, bootstrap_mean(values)), strict=True))
-    row["p_unscaled"], row["p_uniform"] = (paired_test(by_context[m], by_context[other]) for other in (0, uniform))
+    row["p_no_scaling"], row["p_uniform"] = (paired_test(by_context[m], by_context[other]) for other in (0, uniform))
     row |= _count_changed_depths(exact, outcomes.exact[0])
     n = exact.shape[1]
     return row | {f"at_{q}": exact[:, tasks.positions_at(n, [q])[0]].mean() for q in (0, 0.25, 0.5, 0.75, 1)}

@@ -295,15 +295,15 @@ def name_pieces(methods: Mapping[str, Method], contest: Contest) -> dict[str, Ca
 
 
 def find_ends(searches: pd.DataFrame) -> pd.DataFrame:
-    """The result of each search, its last new best: a row for each seed of each method, whose name is `way`."""
+    """The result of each search, its last new best: a row for each seed of each method, whose name is `method`."""
     found = searches.dropna(subset=["scaling"]).groupby([*COLUMNS, "seed"], sort=False).last().reset_index()
-    return found.assign(way=found[[*COLUMNS]].agg(", ".join, axis=1))
+    return found.assign(method=found[[*COLUMNS]].agg(", ".join, axis=1))
 
 
 def name_refined(refinements: pd.DataFrame) -> pd.DataFrame:
     """Refinements as results of a searcher of their own."""
     rows = refinements.assign(searcher=refinements["searcher"] + ", refined", seed=0)
-    return rows.assign(way=rows[[*COLUMNS]].agg(", ".join, axis=1))
+    return rows.assign(method=rows[[*COLUMNS]].agg(", ".join, axis=1))
 
 
 def measure_gains(searches: pd.DataFrame) -> pd.DataFrame:

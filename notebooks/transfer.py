@@ -68,7 +68,7 @@ class Transfer:
         short = tasks.kv_retrieval(self.short_pairs, n, seed=SEED, keys="short")
         found[f"short keys, {self.short_pairs} pairs"] = partial(self._score, short)
         found[f"lines, {self.lines}"] = partial(self._score, tasks.lines_retrieval(self.lines, n, seed=SEED))
-        found["passkey"] = partial(self._score, tasks.passkey(self.fillers, n, seed=SEED, depths=[0.5])[0])
+        found["pass key"] = partial(self._score, tasks.passkey(self.fillers, n, seed=SEED, depths=[0.5])[0])
         found[f"documents, {self.documents}"] = self._answer
         found["capitals, closed book"] = self._know
         return found | {name: partial(self._predict, text) for name, text in self.texts.items()}

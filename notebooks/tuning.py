@@ -32,7 +32,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "CREAM": cream, "PoSE": pose, "plain": plain, "RandPos": rand_pos,
     "CREAM as released": partial(cream, mode="reference"),
 }  # fmt: skip
-SCHEMES = {"none": "pi", "PI": "pi", "YaRN": "yarn"}  # "none" stretches by 1
+SCHEMES = {"no scaling": "pi", "PI": "pi", "YaRN": "yarn"}  # "no scaling" stretches by 1
 MAIN = ("CREAM", "PoSE", "plain")  # the samplers of the main comparison
 TASKS = ("pairs", "lines", "pass key")
 USUAL = float("nan")  # sigma where the sampler's own is used
@@ -61,7 +61,7 @@ def list_methods(targets: Sequence[int], n_seeds: int, sigmas: Sequence[float]) 
     sigmas. The main comparison has `n_seeds` trainings of each kind, everything else half as many.
     """
     near, far, many, few = targets[0], max(targets), range(n_seeds), range(max(1, n_seeds // 2))
-    methods = [Method("untuned", "none", 1), Method("untuned", "PI", near)]
+    methods = [Method("untuned", "no scaling", 1), Method("untuned", "PI", near)]
     methods += [Method("untuned", "YaRN", factor) for factor in targets]
     for factor, sampler in product(targets, SAMPLERS):
         seeds = many if factor == far and sampler in MAIN else few
@@ -260,8 +260,8 @@ class LargeTuning:
     target: int
 
     def stretch(self, scheme: str) -> ExtendedScaling:
-        """Frequencies stretched from the model's own window to the target; "none": not stretched."""
-        return stretch(self.lm.num_layers, scheme, 1.0 if scheme == "none" else self.target / self.lm.window)
+        """Frequencies stretched from the model's own window to the target; "no scaling": by 1."""
+        return stretch(self.lm.num_layers, scheme, 1.0 if scheme == "no scaling" else self.target / self.lm.window)
 
     def tune(self, sampler: str, scheme: str) -> tuple[LM, NDArray[np.float64]]:
         """The model after training, and the loss of every step."""
@@ -274,7 +274,7 @@ class LargeTuning:
     def losses_of(self, sampler: str, scheme: str) -> pd.DataFrame:
         """The loss of every step."""
         losses = self.tune(sampler, scheme)[1]
-        return pd.DataFrame({"way": f"{sampler}, {scheme}", "step": range(1, len(losses) + 1), "loss": losses})
+        return pd.DataFrame({"method": f"{sampler}, {scheme}", "step": range(1, len(losses) + 1), "loss": losses})
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class LargeReading:
             right, nll = 100 * outcomes.exact[0].mean(axis=0), outcomes.nll[0].mean(axis=0)
             by_depth = pd.DataFrame({"depth": outcomes.depths, "right": right, "nll": nll})
             parts.append(by_depth.assign(task=task, length=length))
-        return pd.concat(parts).assign(way=f"{sampler}, {scheme}")
+        return pd.concat(parts).assign(method=f"{sampler}, {scheme}")
 
     def _read_texts(self, model: LM, scaling: ExtendedScaling, lengths: list[int]) -> pd.DataFrame:
         long_enough = [text for text in small.measuring_texts() if len(text) > 4 * max(lengths)]

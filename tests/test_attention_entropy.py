@@ -79,9 +79,9 @@ def test_a_long_text_has_a_row_for_each_layer(tiny):
     np.testing.assert_allclose(found["all"], found["last 256"])  # it has fewer queries than that
 
 
-def test_entropy_that_falls_with_depth_has_a_correlation_of_minus_1():
+def test_entropy_that_falls_over_the_layers_has_a_correlation_of_minus_1():
     falling = np.array([[0.9, 0.7, 0.4, 0.2], [0.8, 0.6, 0.5, 0.1]])
-    row = module.correlate_with_depth({("book", "all"): falling, ("book", "last"): -falling}).loc[("book", "all")]
+    row = module.correlate_over_layers({("book", "all"): falling, ("book", "last"): -falling}).loc[("book", "all")]
     assert row.tolist() == pytest.approx([-1, -1, -1, 0.75, 0.3])
 
 

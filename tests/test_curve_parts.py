@@ -93,9 +93,9 @@ def test_perplexity_has_a_row_for_each_window(smollm2):
 
 
 def test_costs_are_against_no_scaling_and_sorted_for_a_reader():
-    nll = pd.DataFrame({"unscaled": [1.0, 2.0], "costly": [1.1, 2.1], "cheap": [1.0, 2.0]})
+    nll = pd.DataFrame({"no scaling": [1.0, 2.0], "costly": [1.1, 2.1], "cheap": [1.0, 2.0]})
     right, wrong = np.ones((2, 2, 3)), np.zeros((2, 2, 3))
-    accuracy = {"short": {"unscaled": right, "costly": wrong, "cheap": right}}
+    accuracy = {"short": {"no scaling": right, "costly": wrong, "cheap": right}}
     costs = tabulate_costs(nll, accuracy)
     assert costs.loc["costly", "perplexity, times"] == pytest.approx(np.exp(0.1))
     assert costs.loc["costly", ["short", "short, change"]].tolist() == [0, -1]

@@ -27,7 +27,7 @@ def test_settings_leave_out_what_is_the_same_or_has_no_gradient():
 
 def test_a_scheme_is_stretched_beyond_the_window_only(small):
     assert extrapolation.stretch(small, "PI", small.window).is_identity
-    assert extrapolation.stretch(small, "none", 4 * small.window).is_identity
+    assert extrapolation.stretch(small, "no scaling", 4 * small.window).is_identity
     far = {name: extrapolation.stretch(small, name, 4 * small.window) for name in extrapolation.SCHEMES}
     assert {name: scaling.extension for name, scaling in far.items()} == dict.fromkeys(far, 4.0) | {"Dynamic NTK": 1.0}
     found = extrapolation.stretch(small, "NTK", 512, [1.0, 1.1, 1.2, 1.3], "divide")
@@ -68,8 +68,8 @@ def found_by(**best: float) -> pd.DataFrame:
     rows = []
     for name, nll in best.items():
         scheme, combine, how = name.replace("_", ", ").replace("one, factor", "one factor").split(", ")
-        way = f"{scheme}, {combine}, {how}"
-        rows += [{"way": way, "scheme": scheme, "combine": combine, "how": how, "best": nll, "factor": 1.5}] * 2
+        method = f"{scheme}, {combine}, {how}"
+        rows += [{"method": method, "scheme": scheme, "combine": combine, "how": how, "best": nll, "factor": 1.5}] * 2
     return pd.DataFrame(rows)
 
 
@@ -84,19 +84,19 @@ def test_of_each_scheme_the_best_of_both_kinds_is_chosen():
 
 def test_what_is_measured_is_no_scaling_each_scheme_and_what_was_found():
     readings = extrapolation.list_readings(found_by(PI_multiply_GA=4), without=("NTK",))
-    assert [*readings] == [*(f"{n}, uniform" for n in ("none", "PI", "Dynamic NTK", "YaRN")), "PI, multiply, GA"]
-    assert readings["none, uniform"] == ("none",)
+    assert [*readings] == ["no scaling", *(f"{n} alone" for n in ("PI", "Dynamic NTK", "YaRN")), "PI, multiply, GA"]
+    assert readings["no scaling"] == ("no scaling",)
     assert readings["PI, multiply, GA"] == ("PI", "multiply", (1.5, 1.5))
 
 
 @pytest.fixture
 def rows() -> pd.DataFrame:
     """Two texts at two lengths; one factor lowers PI's perplexity by 10 %, layer factors by 20 %."""
-    changes = {"none, uniform": 3.0, "PI, uniform": 1.0, "PI, multiply, one factor": 0.9, "PI, multiply, GA": 0.8}
+    changes = {"no scaling": 3.0, "PI alone": 1.0, "PI, multiply, one factor": 0.9, "PI, multiply, GA": 0.8}
     return pd.DataFrame(
         [
-            {"way": way, "text": text, "length": length, "nll": np.log(change * (1 + text) * length)}
-            for way, change in changes.items()
+            {"method": method, "text": text, "length": length, "nll": np.log(change * (1 + text) * length)}
+            for method, change in changes.items()
             for text in range(2)
             for length in (256, 512)
         ]
@@ -104,12 +104,12 @@ def rows() -> pd.DataFrame:
 
 
 def test_changes_are_of_perplexity_in_per_cent_and_paired_by_text(rows):
-    table = extrapolation.compare_perplexity(rows).set_index(["way", "length"])
+    table = extrapolation.compare_perplexity(rows).set_index(["method", "length"])
     assert table.loc[("PI, multiply, GA", 512), "change"] == pytest.approx(-20)
     assert table.loc[("PI, multiply, GA", 512), "high"] == pytest.approx(-20), "the same in each text"
-    assert table.loc[("PI, uniform", 256), "perplexity"] == pytest.approx(256 * np.sqrt(2))
-    assert table.loc[["none, uniform", "PI, uniform"], "change"].isna().all()
-    against = extrapolation.compare_perplexity(rows, extrapolation.name_one_factor).set_index(["way", "length"])
+    assert table.loc[("PI alone", 256), "perplexity"] == pytest.approx(256 * np.sqrt(2))
+    assert table.loc[["no scaling", "PI alone"], "change"].isna().all()
+    against = extrapolation.compare_perplexity(rows, extrapolation.name_one_factor).set_index(["method", "length"])
     assert against.loc[("PI, multiply, GA", 256), "change"] == pytest.approx(100 * (0.8 / 0.9 - 1))
 
 
@@ -118,7 +118,7 @@ def test_the_best_is_compared_with_the_scheme_alone_and_with_one_factor(rows):
     alone = extrapolation.compare_best(rows, found)
     assert [*alone["kind"].unique()] == ["one factor", "layer factors"]
     one = extrapolation.compare_best(rows, found, "one factor")
-    assert [*one["way"].unique()] == ["PI, multiply, GA"]
+    assert [*one["method"].unique()] == ["PI, multiply, GA"]
     at = one[one["length"] == 512]
     assert extrapolation.list_changes(at) == "-11.1 % [-11.1, -11.1] on PI"
     dots = extrapolation.group_by_scheme(at)
@@ -133,9 +133,9 @@ def test_only_changes_beyond_chance_are_counted():
 
 
 def test_names_of_rivals():
-    assert extrapolation.name_alone("Dynamic NTK, divide, GA") == "Dynamic NTK, uniform"
+    assert extrapolation.name_alone("Dynamic NTK, divide, GA") == "Dynamic NTK alone"
     assert extrapolation.name_one_factor("NTK, divide, gradient") == "NTK, divide, one factor"
-    assert extrapolation.name_one_factor("NTK, uniform") == "NTK, uniform"
+    assert extrapolation.name_one_factor("NTK alone") == "NTK alone"
     assert extrapolation.name_multiply("YaRN, divide, GA") == "YaRN, multiply, GA"
 
 
@@ -144,7 +144,9 @@ def test_schemes_alone_are_shown_by_length_and_in_words(rows):
     assert [*values.index] == ["no scaling", "PI"]
     assert values.loc["no scaling", 512] == pytest.approx(3 * 512 * np.sqrt(2))
     assert extrapolation.say_lengths(values[[256]] * 0 + 7) == "no scaling 7.0 at 256; PI 7.0 at 256 tokens."
-    names = [extrapolation.say_setting(way) for way in ("PI, uniform", "NTK, divide, GA", "YaRN, divide, one factor")]
+    names = [
+        extrapolation.say_setting(method) for method in ("PI alone", "NTK, divide, GA", "YaRN, divide, one factor")
+    ]
     assert names == ["PI alone", "NTK with layer factors", "YaRN with one factor"]
 
 
@@ -157,11 +159,11 @@ def test_a_panel_for_each_length_that_was_measured(small, rows):
 
 def test_retrieval_is_shown_alone_and_with_the_best():
     best = extrapolation.choose_best(found_by(PI_multiply_GA=1.1))
-    right = {"none, uniform": 0, "PI, uniform": 25, "NTK, uniform": 0, "Dynamic NTK, uniform": 0, "YaRN, uniform": 50}
+    right = {"no scaling": 0, "PI alone": 25, "NTK alone": 0, "Dynamic NTK alone": 0, "YaRN alone": 50}
     right["PI, multiply, GA"] = 75
     rows = [
-        {"way": way, "task": task, "length": 512, "context": context, "right": value + 10 * context}
-        for way, value in right.items()
+        {"method": method, "task": task, "length": 512, "context": context, "right": value + 10 * context}
+        for method, value in right.items()
         for task in ("pass key", "pairs")
         for context in range(2)
     ]

@@ -453,6 +453,7 @@ def test_scalings_are_equal_as_their_keys_are_and_survive_pickling(one, other):
     assert (again.key, again.settings) == (one.key, one.settings)
     assert (one == other) == (one.key == other.key)
     assert (one.settings == other.settings) == (one.key == other.key)
+    assert HeadScaling.from_key(one.key).settings == one.settings
 
 
 def test_values_of_one_make_no_other_scaling():

@@ -63,7 +63,7 @@ def test_a_method_is_traced_from_no_scaling_to_its_whole_dose():
 
 
 def test_a_gain_at_a_price_lies_on_the_straight_lines_between_doses():
-    points = pd.DataFrame({"way": "GA", "dose": [0.0, 0.5, 1.0], "gain": [0.0, 10, 30], "perplexity": [0.0, 1, 9]})
+    points = pd.DataFrame({"method": "GA", "dose": [0.0, 0.5, 1.0], "gain": [0.0, 10, 30], "perplexity": [0.0, 1, 9]})
     assert held_out.find_gain(points, 1) == pytest.approx(10, abs=0.1)
     assert held_out.find_gain(points, 5) == pytest.approx(20, abs=0.1)
     front = held_out.find_front(points)
@@ -87,14 +87,14 @@ def made_up_outcomes():
 
 def test_the_test_tells_a_gain_from_no_change():
     table = held_out.summarise(made_up_outcomes(), [NO_SCALING, "uniform", "gradient"], uniform=1)
-    assert table.index.name == "way"
-    assert np.isnan(table["p_unscaled"][NO_SCALING])
+    assert table.index.name == "method"
+    assert np.isnan(table["p_no_scaling"][NO_SCALING])
     assert np.isnan(table["p_uniform"]["uniform"])
-    assert table["p_unscaled"]["uniform"] == 1
+    assert table["p_no_scaling"]["uniform"] == 1
     assert table["gain"]["uniform"] == 0
     gradient = table.loc["gradient"]
     assert gradient["gain_low"] > 0.4
-    assert gradient["p_unscaled"] < 0.01
+    assert gradient["p_no_scaling"] < 0.01
     assert (gradient["depths_better"], gradient["depths_worse"]) == (5, 0)
     assert gradient["at_0"] == made_up_outcomes().exact[2, :, 0].mean()
 
@@ -110,7 +110,7 @@ def test_an_example_is_answered_after_scaling_only_and_stands_near_the_middle():
 def test_choices_are_named_by_method_and_seed_or_dose():
     first, second = LayerScaling.uniform(0.9, 2), LayerScaling.uniform(0.8, 2)
     found = {("GA, pi", 0): first, ("GA, pi", 1): second}
-    doses = {"+1 %": pd.Series({"way": "GA, pi", "dose": 0.5})}
+    doses = {"+1 %": pd.Series({"method": "GA, pi", "dose": 0.5})}
     names = held_out.name_picks({"paper": second, "+1 %": first}, found, doses)
     assert names == {"paper": "GA, pi, seed 1", "+1 %": "GA, pi at dose 0.5"}
 

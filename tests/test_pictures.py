@@ -85,6 +85,33 @@ def test_the_first_screen_gets_what_the_notebook_found():
         fill_first_screen(nbformat.v4.new_notebook(cells=cells[:2]))
 
 
+@pytest.mark.parametrize(
+    ("given", "title"),
+    [
+        ("seed = 1", "# It is so\n\n[badge](a)\n\n**Is it?**"),
+        ('long_model = "a"', "# It is so\n\n[badge](a)\n\n**Is it?**"),
+        ('long_model = "b"', "# Is it?\n\n[badge](a)"),
+    ],
+)
+def test_a_title_claims_nothing_about_another_model(given, title):
+    def cell(tag, source="x", **data):
+        outputs = [nbformat.v4.new_output("display_data", data)] if data else []
+        return nbformat.v4.new_code_cell(source, outputs=outputs, metadata={"tags": [tag]})
+
+    place = "<!-- found -->\n<!-- end -->"
+    first = nbformat.v4.new_markdown_cell(f"# It is so\n\n[badge](a)\n\n**Is it?**\n\nIt matters **now**.\n\n{place}")
+    cells = [
+        first,
+        cell("parameters", 'profile: str = "cpu"  # whose\nlong_model: str = "a"  # "a" or a folder'),
+        cell("injected-parameters", f"# Parameters\n{given}"),
+        cell("answer", **{"text/markdown": "It is 3."}),
+        cell("figure", **{"image/png": "AAAA"}),
+    ]
+    fill_first_screen(nbformat.v4.new_notebook(cells=cells))
+    fill_first_screen(nbformat.v4.new_notebook(cells=cells))
+    assert first.source.startswith(f"{title}\n\nIt matters **now**.\n\n<!-- found -->\nIt is 3.")
+
+
 def test_a_page_has_the_words_of_its_pictures_and_leaves_out_hidden_cells():
     picture = nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": {"alt": 'a "U"'}})
     hidden = nbformat.v4.new_code_cell("secret = 1", outputs=[picture], metadata={"jupyter": {"source_hidden": True}})

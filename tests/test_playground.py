@@ -653,15 +653,29 @@ def test_an_error_is_shown_with_its_advice(play, deep):
     assert play.status == "RuntimeError: out of memory use a device with more memory"
 
 
-def test_only_scalings_that_a_curve_can_stand_for_are_read_from_the_ledger(deep, tmp_path):
+def test_scalings_of_layers_and_heads_are_read_from_the_ledger_and_none_beyond_the_window(deep, tmp_path):
     suite = tasks.kv_retrieval(3, 1, keys="short")
-    ones, shown = (1.0,) * 8, LayerScaling((1.2,) * 8, "ntk")
+    ones, layers = (1.0,) * 8, LayerScaling((1.2,) * 8, "ntk")
+    gains = np.random.default_rng(0).uniform(0.9, 1.1, (8, 4))
+    shown = [layers, HeadScaling(gains=gains), HeadScaling(gains**2, gains, mlp_gains=gains[:, 0], layers=layers)]
     scalings = [
-        shown,
-        HeadScaling(gains=np.full((8, 4), 1.1)),
+        *shown,
         ExtendedScaling(ones, "dynamic_ntk"),
+        HeadScaling(gains=gains, layers=ExtendedScaling(ones, "dynamic_ntk")),
         ExtendedScaling((0.9,) * 8, "yarn", extension=2, combine="divide"),
     ]
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         score(deep, suite, scalings, ledger=ledger)
-        assert [m.scaling for m in read_measured(ledger, deep.fingerprint, suite).values()] == [shown]
+        assert {m.scaling for m in read_measured(ledger, deep.fingerprint, suite).values()} == {*shown}
+
+
+def test_heads_that_were_found_are_the_best_so_far_after_a_restart_too(play, deep, tmp_path):
+    found = HeadScaling(gains=np.full((8, 4), 1.1), layers=LayerScaling((1.1,) * 8))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for probe in play.suite.probes:
+            n = len(probe.keys)
+            ledger.record(deep.fingerprint, found.key, probe.keys, np.ones(n, bool), np.full(n, 0.1))
+    again = Playground(deep, partial(tasks.kv_retrieval, keys="short"), 4, 5, ledger=tmp_path / "ledger.sqlite")
+    assert again.best.scaling == found
+    assert ("best", "best so far") in {(of["kind"], of["name"].partition(",")[0]) for of in list_accuracies(again)}
+    again.stop()

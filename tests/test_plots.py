@@ -71,6 +71,15 @@ def test_a_generation_shows_its_candidates_and_the_best_up_to_then():
     assert [axes.lines[-1].get_ydata()[0] for axes in (first, second, third)] == [1.1, 1.1, 1.4]
 
 
+def test_the_progress_of_a_search_is_named_at_the_ends_of_what_it_shows():
+    candidates = [LayerScaling.uniform(1 + i / 10, 3) for i in range(4)]
+    result = SearchResult(candidates, [(0.1,), (0.9,), (0.2,), (0.4,)], generation=[0, 0, 1, 1])
+    axes = plots.search_progress(result, ylabel="U").axes[0]
+    assert axes.get_legend() is None
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert heights == pytest.approx({"best so far": 0.9, "candidates": 0.3})
+
+
 def test_dots_stand_by_group_and_each_method_is_named_once():
     index = pd.MultiIndex.from_tuples([("PI", "one factor"), ("PI", "GA"), ("YaRN", "GA")])
     numbers = {"mean": [-1.0, 2.0, 3.0], "low": [-2.0, 1.0, np.nan], "high": [0.0, 3.0, np.nan]}

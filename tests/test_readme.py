@@ -24,9 +24,9 @@ def test_the_map_links_every_notebook_and_a_figure_that_is_there():
 
 
 def test_a_table_is_written_anew_and_an_unknown_one_named(monkeypatch):
-    monkeypatch.setitem(readme.TABLES, "test", lambda: [{"way": "a", "gain": "+1.0"}])
+    monkeypatch.setitem(readme.TABLES, "test", lambda: [{"method": "a", "gain": "+1.0"}])
     stale = "before\n<!-- table test -->\nold\n<!-- end -->\nafter"
-    fresh = "before\n<!-- table test -->\n| way | gain |\n| --- | --- |\n| a | +1.0 |\n<!-- end -->\nafter"
+    fresh = "before\n<!-- table test -->\n| method | gain |\n| --- | --- |\n| a | +1.0 |\n<!-- end -->\nafter"
     assert readme.filled(stale) == readme.filled(fresh) == fresh
     with pytest.raises(ValueError, match="the table 'tset'; there are best, expect, found"):
         readme.filled(stale.replace("table test", "table tset"))

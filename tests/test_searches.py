@@ -90,11 +90,11 @@ def test_the_end_of_a_search_is_its_last_new_best_and_refining_starts_there(cont
     keys = [LayerScaling.uniform(factor, 2).key for factor in (1.0, 0.9)]
     rows = pd.DataFrame({"scaling": [keys[0], keys[1], np.nan], "seed": 0}).assign(**row)
     [end] = searches.find_ends(rows).itertuples()
-    assert (end.scaling, end.way) == (keys[1], "GA, pi, factors, nll")
+    assert (end.scaling, end.method) == (keys[1], "GA, pi, factors, nll")
     method = Method("GA", "pi", "factors", NLL, contest.evolve)
     refined = contest.refine(method, LayerScaling.from_key(keys[1]))
     assert refined["best"][0] >= refined["fitness"][0]
-    assert searches.name_refined(refined)["way"].tolist() == ["GA, refined, pi, factors, nll"]
+    assert searches.name_refined(refined)["method"].tolist() == ["GA, refined, pi, factors, nll"]
 
 
 def test_gains_are_counted_from_a_searchs_first_candidate_and_only_after_nll():

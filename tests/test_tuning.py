@@ -38,7 +38,7 @@ def reading(ledger):
 
 def test_methods_are_listed_in_the_order_of_the_shipped_table():
     names = [method.name for method in list_methods([4, 8], 4, [2.0, 2.5])]
-    assert names[:4] == [f"untuned, {of}, training 0" for of in ("none x 1", "PI x 4", "YaRN x 4", "YaRN x 8")]
+    assert names[:4] == [f"untuned, {of}, training 0" for of in ("no scaling x 1", "PI x 4", "YaRN x 4", "YaRN x 8")]
     assert names[4:7] == [f"{of}, YaRN x 4, training {n}" for of, n in (("CREAM", 0), ("CREAM", 1), ("PoSE", 0))]
     assert names[-1] == "CREAM, sigma 2.5, YaRN x 8, training 1"
     assert sum(name.startswith("CREAM, YaRN x 8") for name in names) == 4, "the main comparison has all"
@@ -91,7 +91,7 @@ def test_tuning_changes_the_weights_and_leaves_the_model_itself(small_tuning):
 
 
 def test_reading_gives_every_task_and_text_at_every_length(small_tuning, reading):
-    rows = reading.measure(small_tuning, Method("untuned", "none", 1), [256, 512])
+    rows = reading.measure(small_tuning, Method("untuned", "no scaling", 1), [256, 512])
     assert {*rows["task"]} == {"pairs", "lines", "pass key", "text"}
     assert rows.groupby("task")["length"].nunique().eq(2).all()
     by_context, by_fifth = rows[rows["fifth"].isna()], rows[rows["fifth"].notna()]
@@ -139,9 +139,9 @@ def test_a_larger_model_is_read_at_its_window_and_at_the_target(small_tuning, le
     pairs = tasks.kv_retrieval(4, 1, seed=3, keys="short")
     read = LargeReading(texts=1, windows=1, stride=128, depths=[0, 1], pairs=pairs, seed=0, ledger=ledger)
     rows = read.measure(large, "CREAM", "PI")
-    assert {*rows["way"]} == {"CREAM, PI"}
+    assert {*rows["method"]} == {"CREAM, PI"}
     assert rows[rows["task"] == "text"]["length"].tolist() == [256, 512]
     assert rows[rows["task"] == "pass key"]["depth"].tolist() == [0, 1]
     assert len(rows[rows["task"] == "pairs"]) == 4
     assert large.losses_of("CREAM", "PI")["step"].tolist() == [1]
-    assert large.stretch("none").is_identity
+    assert large.stretch("no scaling").is_identity

@@ -2,7 +2,8 @@
 
 The first cell of a notebook has a place between `<!-- found -->` and `<!-- end -->`. It gets the output of the cell
 tagged "answer" (sentences made from results) and a copy of the picture of the cell tagged "figure". So the first screen
-says what this run found, whatever model it ran.
+says what this run found, whatever model it ran. The title states what the committed run found; where papermill was
+given another model, the notebook's question takes its place.
 """
 
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import nbformat
 
 _PLACE = re.compile(r"<!-- found -->\n.*?<!-- end -->", re.DOTALL)
+_TITLE = re.compile(r"\A# [^\n]*\n\n(\[[^\n]*\n\n)?\*\*([^\n]*)\*\*\n\n")  # a badge of Colab, then the question, bold
 
 
 def fill_first_screen(notebook: Any) -> None:
@@ -31,7 +33,14 @@ def fill_first_screen(notebook: Any) -> None:
     alt = picture.metadata.get("image/png", {}).get("alt", "")
     screen = f"<!-- found -->\n{answer.strip()}\n\n![{alt}](attachment:figure.png)\n<!-- end -->"
     first.source = _PLACE.sub(lambda _: screen, first.source)
+    if _models(notebook, "injected-parameters") - _models(notebook, "parameters"):
+        first.source = _TITLE.sub(r"# \2\n\n\1", first.source)
     first["attachments"] = {"figure.png": {"image/png": picture.data["image/png"]}}
+
+
+def _models(notebook: Any, tag: str) -> set[str]:
+    cells = [cell.source for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+    return {*re.findall(r"^\w*model\b.*?= (\S+)", "\n".join(cells), re.MULTILINE)}
 
 
 def _find_output(notebook: Any, tag: str, kind: str) -> Any:

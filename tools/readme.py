@@ -34,10 +34,10 @@ def _rows(name: str) -> list[dict[str, Any]]:
 def _test() -> list[dict[str, str]]:
     return [
         {
-            "searcher, scheme, what varies, objective": r["way"],
+            "searcher, scheme, what varies, objective": r["method"],
             "accuracy": f"{r['accuracy']:.3f}",
             "points gained": f"{100 * r['gain']:+.1f} [{100 * r['gain_low']:+.1f}, {100 * r['gain_high']:+.1f}]",
-            "p": "" if r["way"] == "no scaling" else f"{r['p_unscaled']:.2g}",
+            "p": "" if r["method"] == "no scaling" else f"{r['p_no_scaling']:.2g}",
             "depths better, worse": f"{r['depths_better']}, {r['depths_worse']}",
             "U": f"{r['U']:.3f}",
             "nll": f"{r['nll']:.3f}",
@@ -57,9 +57,9 @@ def _best() -> list[dict[str, str]]:
         "gradient, pi, factors, nll": "the paper's scheme by gradient: pi, factors, nll",
         "+1 %": "factors and temperatures by gradient: ntk, nll + text, four times the budget",
     }
-    name, *columns = [*[*_test()[0]][:5], "perplexity"]
-    rows = {row[name]: row for row in _test()}
-    return [{"method": text} | {column: rows[way][column] for column in columns} for way, text in meaning.items()]
+    by, *columns = [*[*_test()[0]][:5], "perplexity"]
+    rows = {row[by]: row for row in _test()}
+    return [{"method": text} | {column: rows[name][column] for column in columns} for name, text in meaning.items()]
 
 
 def _expect() -> list[dict[str, str]]:
@@ -159,7 +159,9 @@ def _expected(
 def _front() -> list[dict[str, str]]:
     rows = sorted(_rows("front"), key=lambda row: -row["gain at +5 %"])
     numbers = ["gain at +1 %", "gain at +5 %", "gain", "perplexity"]
-    return [{"searcher, scheme, what varies, objective": r["way"]} | {n: f"{r[n]:+.1f}" for n in numbers} for r in rows]
+    return [
+        {"searcher, scheme, what varies, objective": r["method"]} | {n: f"{r[n]:+.1f}" for n in numbers} for r in rows
+    ]
 
 
 def _transfer() -> list[dict[str, str]]:
@@ -194,7 +196,7 @@ def _extrapolation(model: str) -> list[dict[str, str]]:
         if (r["model"], r["against"]) == (model, "the scheme alone"):
             interval = "" if pd.isna(r["p"]) else f" [{r['low']:+.1f}, {r['high']:+.1f}]{' *' * (r['p'] < 0.05)}"
             change = f", {r['change']:+.1f} %{interval}" if pd.notna(r["change"]) and r["change"] else ""
-            row = table.setdefault(r["way"], {"scheme, layer factors": r["way"]})
+            row = table.setdefault(r["method"], {"scheme, layer factors": r["method"]})
             row[f"{r['length']:,} tokens"] = f"{r['perplexity']:.1f}{change}"
     return [*table.values()]
 
@@ -216,8 +218,8 @@ def _cream() -> list[dict[str, str]]:
 def _cream_large() -> list[dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     rows = pd.DataFrame(_rows("cream_large"))
-    for way, of in rows.groupby("way", sort=False):
-        row = table[str(way)] = {"positions, scheme": str(way)}
+    for method, of in rows.groupby("method", sort=False):
+        row = table[str(method)] = {"positions, scheme": str(method)}
         for length, nll in of[of["task"] == "text"].groupby("length")["nll"]:
             row[f"perplexity, {length:,} tokens"] = f"{np.exp(nll.mean()):.1f}"
         for _, key in of[of["task"] == "pass key"].sort_values("depth").iterrows():

@@ -26,9 +26,9 @@ COLOURS: dict[str, tuple[float, ...] | str] = {
     "GA": _ORANGE, "the paper's GA": _ORANGE, "paper": _ORANGE,
     "gradient": _BLUE, "gradient x 4": _SKY, "found": _BLUE, "heads": _BLUE, "layers": _PURPLE, "outputs": _BROWN,
     "GA, no curve": _YELLOW, "random curves": _GREY, "line": _BROWN, "step": _PINK, "CMA-ES": _RED, "TPE": _PURPLE,
-    "none": "0.35", "PI": _ORANGE, "NTK": _SKY, "Dynamic NTK": _RED, "YaRN": _BLUE,
+    "PI": _ORANGE, "NTK": _SKY, "Dynamic NTK": _RED, "YaRN": _BLUE,
     "scheme alone": "0.35", "layer factors": _PURPLE,
-    "this curve": _BLUE, "prediction": _BLUE, "best so far": _GREEN,  # of the playground
+    "this curve": _BLUE, "prediction": _BLUE, "best so far": "#808000",  # of the playground; olive is no method's
     "untuned": "0.35", "plain": _GREEN, "PoSE": _ORANGE, "RandPos": _PURPLE, "CREAM": _BLUE,
     "CREAM as released": _SKY,
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Every figure's drawing function, in one style: readable at half width, safe for colour-blind readers."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -196,7 +196,7 @@ def factors(scalings: Mapping[str, Sequence[float]], *, ylabel: str = "factor", 
 
 
 def bezier(curve: BezierCurve, factors: Sequence[float], *, ax: Axes | None = None) -> Figure:
-    """A curve over depth with its control points, and the rounded factors that layers get from it, as bars from 1."""
+    """A curve over the layers with its control points, and the rounded factors that it gives, as bars from 1."""
     ax = ax or plt.subplots()[1]
     layers = np.arange(len(factors))
     ax.bar(layers, np.asarray(factors) - 1, bottom=1, color=_COLOURS[9], alpha=0.45, width=0.8)
@@ -213,12 +213,14 @@ def search_progress(result: SearchResult[Any], *, ylabel: str, ax: Axes | None =
     """Fitness of every candidate in order of evaluation, and the best so far."""
     ax = ax or plt.subplots()[1]
     n = np.arange(1, len(result.candidates) + 1)
+    last = result.fitness[bisect_left(result.generation, result.generation[-1]) :]
     for start in np.flatnonzero(np.diff(result.generation)) + 1:
         ax.axvline(start + 0.5, color="0.85", linewidth=0.8)
-    ax.scatter(n, [f[0] for f in result.fitness], s=12, color=_COLOURS[0], label="candidate")
-    ax.step(n, result.best_so_far, where="post", color=_COLOURS[1], label="best so far")
+    ax.scatter(n, [f[0] for f in result.fitness], s=12, color=_COLOURS[0])
+    ax.step(n, result.best_so_far, where="post", color=_COLOURS[1])
     ax.set(xlabel="candidates evaluated (lines: generations)", ylabel=ylabel)
-    ax.legend(frameon=False)
+    ends = {"best so far": result.best_so_far[-1], "candidates": float(np.mean([f[0] for f in last]))}
+    label_ends(ax, n[-1], ends, {"best so far": _COLOURS[1], "candidates": _COLOURS[0]})
     return _figure(ax)
 
 

@@ -23,7 +23,7 @@ _OTHERS = ("#ca9161", "#cc78bc")
 # The scaling shown has the colour of what a gradient found: a gradient may have found it, or goes on from it.
 _COLOURS = {
     "baseline": _hex("no scaling"),
-    "best": "#029e73",
+    "best": _hex("best so far"),
     "current": _hex("gradient"),
     "prediction": _hex("gradient"),
 }

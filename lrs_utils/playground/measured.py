@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import SCHEMES
 from lrs_utils.scoring.ledger import Ledger
@@ -37,7 +38,7 @@ class MeasuredScaling:
 
 
 def read_measured(ledger: Ledger, fingerprint: str, suite: Suite) -> dict[str, MeasuredScaling]:
-    """Every layer scaling that the ledger knows on at least one context of a suite, by key, oldest first."""
+    """Every scaling that the ledger knows on at least one context of a suite, by key, oldest first."""
     verdicts = ledger.known(fingerprint, [key for probe in suite.probes for key in probe.keys])
     measured = {}
     for scaling_key, by_question in verdicts.items():
@@ -46,7 +47,7 @@ def read_measured(ledger: Ledger, fingerprint: str, suite: Suite) -> dict[str, M
             for context, probe in enumerate(suite.probes)
             if all(question in by_question for question in probe.keys)
         }
-        # what no curve stands for is left out: numbers of heads (";") and other schemes, which read beyond the window
-        if exact and ";" not in scaling_key and scaling_key.partition("|")[0] in SCHEMES:
-            measured[scaling_key] = MeasuredScaling(LayerScaling.from_key(scaling_key), exact)
+        if exact and scaling_key.partition("|")[0] in SCHEMES:  # other schemes read beyond the window
+            of = HeadScaling if ";" in scaling_key else LayerScaling
+            measured[scaling_key] = MeasuredScaling(of.from_key(scaling_key), exact)
     return measured

@@ -1,4 +1,4 @@
-"""Cubic Bezier curves over depth: four control points that stand for all layer factors (arXiv 2503.04355).
+"""Cubic Bezier curves over the layers: four control points that stand for all layer factors (arXiv 2503.04355).
 
 B(t) = (1-t)^3 P0 + 3(1-t)^2 t P1 + 3(1-t) t^2 P2 + t^3 P3 with P_k = (layer, value). Whether the paper lets the
 control points move along the layer axis is not known; both are possible here (CHOICES.md).
@@ -53,7 +53,7 @@ class BezierCurve:
         if layer <= a or layer >= d:
             return float(layer >= d)
         k1, k2, k3 = 3 * (b - a), 3 * (c - 2 * b + a), d - 3 * c + 3 * b - a  # x(t) in powers of t
-        if k2 == k3 == 0:  # evenly spaced: t is the normalised depth
+        if k2 == k3 == 0:  # evenly spaced: t is the place among the layers
             return (layer - a) / (d - a)
         return float(brentq(lambda t: ((k3 * t + k2) * t + k1) * t + a - layer, 0.0, 1.0, xtol=1e-14))
 

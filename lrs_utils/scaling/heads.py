@@ -93,6 +93,16 @@ class HeadScaling(Scaling):
                 parts.append(f"{name} " + ",".join(map(repr, np.asarray(values).ravel().tolist())))
         return ";".join(parts)
 
+    @classmethod
+    def from_key(cls, key: str) -> "HeadScaling":
+        """A scaling that computes what the key is of."""
+        first, *parts = key.split(";")
+        layers, numbers = LayerScaling.from_key(first), dict[str, Any]()
+        for name, values in (part.split(" ") for part in parts):
+            row = np.array(values.split(","), float)
+            numbers[name] = row if name == "mlp_gains" else row.reshape(len(layers.factors), -1)
+        return cls(**numbers, layers=layers)
+
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Setting of each layer."""
