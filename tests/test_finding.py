@@ -121,7 +121,8 @@ def test_every_space_is_searched_and_moves_only_its_own_numbers(tiny, find, monk
     moved = [max(np.abs(np.log(v)).max() for v in numbers_of(stop, tiny).values()) for stop in stopped]
     assert moved[0] > moved[1], "the last stop first"
     schemes = {stop.scheme for stop in stopped if isinstance(stop, LayerScaling)}
-    assert schemes == ({"ntk"} if {*names} & {"factors", "temperatures"} else set())
+    scheme = "pi" if space == "pi_factors" else "ntk"
+    assert schemes == ({scheme} if {*names} & {"factors", "temperatures"} else set())
     assert result.about["space"] == learned
     assert (result.scaling.is_identity, len(result.judged.outcomes)) == (True, 2)  # two contexts prove nothing
     assert [module._forward_hooks | module._forward_pre_hooks for module in tiny.model.modules()] == before

@@ -27,7 +27,7 @@ from lrs_utils.tasks import Suite
 FIFTHS = ("first fifth", "second fifth", "middle fifth", "fourth fifth", "last fifth")
 _SPACES = {
     "both": "factors and temperatures of layers", "heads": "head gains and temperatures",
-    "outputs": "gains of attention and MLP outputs",
+    "outputs": "gains of attention and MLP outputs", "pi_factors": "factors of positions",
     **{name: name.replace("_", " ") for name in ("factors", "temperatures", "head_gains", "head_temperatures")},
 }  # fmt: skip
 _MARKERS = "so^"  # of no scaling, the one found, one more

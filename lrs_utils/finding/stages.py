@@ -24,7 +24,8 @@ from lrs_utils.searchers.descent import GradientSearch
 from lrs_utils.searchers.gradient import PRICE
 from lrs_utils.tasks import Suite
 
-_SCHEME = "ntk"  # for factors: under "pi" near tokens move too, and gains are small (data/results/test.csv)
+# Under "pi" near tokens move too, and gains are small (data/results/test.csv).
+_SCHEMES = {"pi_factors": "pi"}  # by space; else "ntk"
 _LOOPS = 0.02  # repeats may rise by this much, or by more if within chance over openings (CHOICES.md)
 
 
@@ -69,7 +70,8 @@ class Run:
         tokens = [count_context_tokens(self._lm, suite, about["questions"]) for suite in suites]
         bar = self._bar.part(sum(tokens) / len(tokens) * GRADIENT / PRICE)
         searcher = GradientSearch(
-            self._lm, suites, weights=weights, start=LayerScaling.uniform(1.0, self._lm.num_layers, _SCHEME),
+            self._lm, suites, weights=weights,
+            start=LayerScaling.uniform(1.0, self._lm.num_layers, _SCHEMES.get(about["space"], "ntk")),
             vary=about["space"], steps=about["steps"], rate=about["rate"], every=math.ceil(about["steps"] / STOPS),
             questions=about["questions"], ledger=self._ledger, seed=about["seed"], progress=bar,
         )  # fmt: skip

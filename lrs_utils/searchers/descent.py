@@ -38,8 +38,8 @@ class GradientSearch:
     weights : sequence of float, optional
         Of the suites' nll in their sum; 1 each by default.
     vary : str
-        What is learned, a name of `learned.SPACES`: "factors", "temperatures" or "both" (of layers),
-        "head_temperatures", "head_gains" or "heads" (both), "outputs".
+        What is learned, a name of `learned.SPACES`: "factors" (or "pi_factors", the same here), "temperatures" or
+        "both" (of layers), "head_temperatures", "head_gains" or "heads" (both), "outputs".
     start : Scaling, optional
         No scaling by default. Its scheme (not "yarn") and extension are kept.
     steps : int

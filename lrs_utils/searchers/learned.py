@@ -13,6 +13,7 @@ LAYER_NUMBERS, HEAD_NUMBERS = ("factors", "temperatures"), ("head_temperatures",
 # What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
 SPACES = {
     "factors": ("factors",),
+    "pi_factors": ("factors",),  # the paper's own numbers: `find_scaling` starts from its scheme "pi", else from "ntk"
     "temperatures": ("temperatures",),
     "both": LAYER_NUMBERS,
     "head_temperatures": ("head_temperatures",),

@@ -1,0 +1,67 @@
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import two_models
+from two_models import MAIN, SPACES, Trial, correct, read_key
+
+from lrs_utils import HeadScaling, LayerScaling, Ledger
+
+
+@pytest.fixture
+def trial(tiny, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    return Trial(tiny, ledger, 3, (0.01, 1e6), (4, 4, 4), 8, 8, 4, (0.9, 1.0, 1.3), (0.7, 1.2))
+
+
+@pytest.fixture
+def fewer_texts(monkeypatch):
+    text = " ".join(f"word{i % 97} and more" for i in range(900))
+    monkeypatch.setattr("lrs_utils.finding.recipe.default_texts", lambda: {"book": text})
+    monkeypatch.setattr(two_models, "default_texts", lambda: {"book": text})
+
+
+def test_every_method_is_searched_and_the_main_ones_with_more_seeds(trial):
+    searches = trial.list_searches(2)
+    names = {name for name, _ in searches}
+    assert {*SPACES, *MAIN, "one factor (pi)", "the paper's GA (bounds 0.7 to 1.2)"} <= names
+    assert {name for name, seed in searches if seed == 1} == {*MAIN}
+    [uniform] = searches["one factor (ntk)", 0]().to_dict("records")
+    assert uniform["scaling"] in {LayerScaling.uniform(f, 2, "ntk").key for f in trial.grid}
+    [evolved] = searches["the paper's GA", 1]().to_dict("records")
+    factors = LayerScaling.from_key(evolved["scaling"]).factors
+    assert all(1 <= factor <= 2 for factor in factors)
+
+
+def test_a_search_by_gradient_has_a_row_for_each_limit(trial, fewer_texts):
+    rows = trial.descend("head_gains", 0)
+    assert list(rows["limit"]) == [0.01, 1e6]
+    assert (rows["minutes"] > 0).all()
+    strict, free = rows["dose"]
+    assert strict <= free
+
+
+def test_all_are_judged_on_the_same_contexts_against_no_scaling(trial, fewer_texts):
+    gains = HeadScaling(gains=np.linspace(0.4, 1.6, 8).reshape(2, 4))
+    keys = [LayerScaling.identity(2).key, gains.key, gains.key]
+    searches = pd.DataFrame({"method": ["a", "b", "c"], "seed": 0, "limit": 0.01, "scaling": keys})
+    table = trial.judge(searches, 3, 2)
+    assert list(table["method"]) == ["no scaling", "a", "b", "c"]
+    assert (table.loc[:1, ["points", "low", "high", "perplexity"]] == 0).to_numpy().all()
+    assert table.loc[2, "perplexity"] == table.loc[3, "perplexity"] != 0
+    both = correct({"one": table, "other": table})
+    assert len(both) == 8
+    assert (both.loc[both["method"] != "no scaling", "p"] >= pd.concat([table["p"][1:]] * 2).to_numpy()).all()
+
+
+def test_keys_of_both_kinds_are_read_back():
+    layers = LayerScaling((1.2, 0.8), scheme="ntk", temperatures=(1.1, 1.0))
+    for scaling in (layers, HeadScaling(temperatures=((1.0, 2.0), (1.5, 1.0)), layers=layers)):
+        assert read_key(scaling.key) == scaling
+
+
+def test_what_is_judged_on_is_neither_searched_nor_chosen_on(trial):
+    make = partial(trial.make_suite, 4)
+    seen = {probe.context for seed in (1000, 5000, 10_000) for probe in make(seed).probes}
+    assert not seen & {probe.context for probe in make(two_models._JUDGED["contexts"]).probes}
