@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lrs_utils import LM, GeneticSearch, HeadScaling, LayerScaling, Ledger, find_scaling, score, search, tasks
+from lrs_utils.analysis.attention import attention, induction_scores
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, holm, paired_test
 from lrs_utils.finding.parts import divide
 from lrs_utils.finding.recipe import default_texts
@@ -175,3 +176,49 @@ def _compare(
         "by fifth": " ".join(f"{change:+.0f}" for change in 100 * fifths.mean(axis=0)),
         "perplexity": 100 * np.expm1((text_after - text_before).mean()),
     }  # fmt: skip
+
+
+def describe_layers(
+    lm: LM, ledger: Ledger, n_pairs: int, factor: float, *, n_contexts: int, n_texts: int, seed: int
+) -> pd.DataFrame:
+    """What each layer sees, how widely it looks, whether it copies, and what scaling it alone costs.
+
+    Returns
+    -------
+    DataFrame
+        A row for each layer: "sees" (tokens of a sliding window, 0 for all), "entropy" (of the last query, divided by
+        that of even attention), "previous token" and "prefix matching" (its best head's scores, as
+        `induction_scores`), and the change of the answers' nll under each scheme with its interval over contexts.
+    """
+    suite = tasks.kv_retrieval(n_pairs, n_contexts, seed, keys="short")
+    entropy = []
+    for number, probe in enumerate(suite.probes[:n_texts]):
+        q = probe.questions[(2 * number + 1) * len(probe.questions) // (2 * n_texts)]
+        ids = lm.tokenizer(probe.context + q.prompt + q.answer_prefix)["input_ids"]
+        seen = np.array([min(len(ids), window or len(ids)) for window in list_windows(lm)])
+        entropy.append(attention(lm, ids, queries=1).entropy[..., 0].mean(axis=1) / np.log(seen))
+    heads = induction_scores(lm, seed=seed, n_texts=n_texts).groupby("layer").max()
+    table = pd.DataFrame({"sees": list_windows(lm), "entropy": np.mean(entropy, axis=0)}).join(heads)
+    for scheme in ("pi", "ntk"):
+        alone = [LayerScaling.one_layer(layer, factor, lm.num_layers, scheme) for layer in range(lm.num_layers)]
+        nll = score(lm, suite, [LayerScaling.identity(lm.num_layers), *alone], ledger=ledger).nll.mean(axis=2)
+        changes = [bootstrap_mean(after - nll[0]) for after in nll[1:]]
+        for name in ("mean", "low", "high"):
+            table[f"{scheme}, {name}"] = [float(getattr(change, name)) for change in changes]
+    return table.rename_axis("layer").reset_index()
+
+
+def list_windows(lm: LM) -> list[int]:
+    """Tokens that each layer sees; 0 for all."""
+    config = lm.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * lm.num_layers
+    return [config.sliding_window if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def split_by_kind(lm: LM, scaling: LayerScaling) -> dict[str, LayerScaling]:
+    """A scaling with the factors of one kind of layers only, the others at 1: "sliding" and "full"."""
+    parts = {}
+    for kind, wanted in (("sliding layers only", True), ("full layers only", False)):
+        factors = [f if bool(w) == wanted else 1.0 for f, w in zip(scaling.factors, list_windows(lm), strict=True)]
+        parts[kind] = LayerScaling(factors, scheme=scaling.scheme)
+    return parts

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import two_models
-from two_models import MAIN, SPACES, Trial, correct, read_key
+from two_models import MAIN, SPACES, Trial, correct, describe_layers, list_windows, read_key, split_by_kind
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm
 
 
 @pytest.fixture
@@ -65,3 +65,23 @@ def test_what_is_judged_on_is_neither_searched_nor_chosen_on(trial):
     make = partial(trial.make_suite, 4)
     seen = {probe.context for seed in (1000, 5000, 10_000) for probe in make(seed).probes}
     assert not seen & {probe.context for probe in make(two_models._JUDGED["contexts"]).probes}
+
+
+def test_layers_are_described_with_what_they_see(tmp_path):
+    lm = load_lm("tiny-gemma3", dtype="float32", device="cpu")
+    assert list_windows(lm) == [32, 0]
+    table = describe_layers(lm, Ledger(tmp_path / "x.sqlite"), 3, 1.5, n_contexts=3, n_texts=2, seed=0)
+    assert list(table["sees"]) == [32, 0]
+    assert table["entropy"].between(0, 1).all()
+    assert (table[["pi, mean", "ntk, mean"]] != 0).all(axis=None)
+    for scheme in ("pi", "ntk"):
+        assert (table[f"{scheme}, low"] <= table[f"{scheme}, mean"]).all()
+        assert (table[f"{scheme}, mean"] <= table[f"{scheme}, high"]).all()
+
+
+def test_factors_of_one_kind_of_layers_leave_the_others_at_one(tmp_path):
+    lm = load_lm("tiny-gemma3", dtype="float32", device="cpu")
+    parts = split_by_kind(lm, LayerScaling((1.3, 0.7), scheme="ntk"))
+    assert parts["sliding layers only"].factors == (1.3, 1.0)
+    assert parts["full layers only"].factors == (1.0, 0.7)
+    assert {part.scheme for part in parts.values()} == {"ntk"}
