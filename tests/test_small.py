@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -90,3 +91,18 @@ def test_suites_fill_a_length_and_no_more(task, length, tokenizer):
 def test_unknown_tasks_are_refused():
     with pytest.raises(ValueError, match="task is 'keys'; choose pairs, lines or pass key"):
         small.suites("keys", 256, 1, 0)
+
+
+def test_another_base_and_fewer_steps_make_another_model(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(small, "STAGES", {64: replace(small.STAGES[64], steps=20, batch=4)})
+    monkeypatch.setattr(small, "training_texts", lambda: ["To be, or not to be, that is the question. " * 200])
+    monkeypatch.setattr(small, "_train_tokenizer", lambda texts: tokenizer)
+    for base in (1_000.0, 10_000.0):
+        made = small.make(tmp_path / f"base-{base:.0f}", share=0.1, rope_theta=base)
+        assert made.model.config.rope_parameters["rope_theta"] == base
+    losses = [pd.read_csv(tmp_path / f"base-{base}" / "losses.csv") for base in (1000, 10000)]
+    assert all(len(rows) == 1 for rows in losses)  # two steps
+    assert losses[0]["loss"][0] == pytest.approx(
+        losses[1]["loss"][0], rel=0.1
+    )  # from the same weights, on the same text

@@ -8,6 +8,7 @@ ships with its losses in lrs_utils/data/small-rope; `load_lm("small-rope")` read
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,18 +150,29 @@ def suites(task: str, length: int, n_contexts: int, seed: int, n_asked: int | No
     return [tasks.lines_retrieval(n, n_contexts, seed, positions=positions)]
 
 
-def make(folder: Path = SMALL_FOLDER) -> LM:
-    """Make tokenizer and model and write them with their losses; a killed run resumes."""
-    work = cache_folder() / "small-rope"
+def make(folder: Path = SMALL_FOLDER, *, share: float = 1.0, **changed: Any) -> LM:
+    """Make tokenizer and model and write them with their losses; a killed run resumes.
+
+    Parameters
+    ----------
+    folder : Path
+        Its name is also that of the unfinished training in the cache.
+    share : float
+        Of the steps of each stage.
+    changed
+        In place of `SIZES`: `rope_theta=1_000.0`.
+    """
+    work = cache_folder() / folder.name
     texts = training_texts()
     tokenizer = _train_tokenizer(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=0, pad_token_id=0))
+        model = LlamaForCausalLM(LlamaConfig(**(SIZES | changed), bos_token_id=None, eos_token_id=0, pad_token_id=0))
     cast(model, torch.bfloat16)  # `train` keeps float32 weights, and bfloat16 products take half the time
     lm = LM(model, tokenizer, "small-rope")
     prose, losses = tokens_on_disk(lm, texts, work), []
-    for length, training in STAGES.items():
+    for length, stage in STAGES.items():
+        training = replace(stage, steps=max(1, round(share * stage.steps)))
         about = {"documents": "prose, retrieval, recalled; answers judged", "length": length}
         lm, found = train(lm, mixed(tokenizer, prose, length), plain(length), training, work / str(length), about=about)
         losses += [{"length": length, "step": step, "loss": loss} for step, loss in enumerate(found, 1)]
