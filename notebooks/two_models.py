@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from lrs_utils import LM, GeneticSearch, HeadScaling, LayerScaling, Ledger, find_scaling, score, search, tasks
 from lrs_utils.analysis.attention import attention, induction_scores
-from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, holm, paired_test
+from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_test
 from lrs_utils.finding.parts import divide
 from lrs_utils.finding.recipe import default_texts
 from lrs_utils.scaling.base import Scaling
@@ -103,8 +104,8 @@ class Trial:
         row = {"limit": np.nan, "scaling": best.key, "dose": 1.0, "minutes": (process_time() - started) / 60}
         return pd.DataFrame([row])
 
-    def list_searches(self, seeds: int) -> dict[tuple[str, int], Callable[[], pd.DataFrame]]:
-        """Every search by method and seed; the methods of `MAIN` are searched with `seeds` seeds."""
+    def list_searches(self, seeds: int) -> dict[str, Callable[[], pd.DataFrame]]:
+        """Every search, by method and seed: pieces of a table; those of the methods of `MAIN` with `seeds` seeds."""
         low, high = self.own_bounds
         methods: dict[str, Callable[[int], pd.DataFrame]] = {
             "one factor (pi)": lambda seed: self.try_uniform("pi"),
@@ -114,7 +115,7 @@ class Trial:
             **{name: partial(self.descend, space) for name, space in SPACES.items()},
         }
         return {
-            (name, seed): partial(find, seed)
+            f"{name} | {seed}": partial(_find, name, find, seed)
             for name, find in methods.items()
             for seed in range(seeds if name in MAIN else 1)
         }
@@ -145,6 +146,32 @@ class Trial:
         first = pd.DataFrame([{"method": "no scaling", "seed": 0, "scaling": distinct[0].key}])
         return pd.concat([first, searches], ignore_index=True).join(pd.DataFrame(rows))
 
+    def read_by_fifth(self, key: str, n_contexts: int) -> Interval:
+        """Accuracy on the contexts that all are judged on, by fifth of depth, under the scaling of a key."""
+        suite = self.make_suite(n_contexts, _JUDGED["contexts"])
+        outcomes = score(self.lm, suite, [read_key(key)], ledger=self.ledger)
+        return bootstrap_mean(by_fifth(outcomes.exact[0], outcomes.depths))
+
+    def list_evidence(self, scalings: Sequence[str], n_contexts: int, stretches: int) -> tuple[Any, list[str]]:
+        """What the results of `judge` and `compare_kinds` stand on, as `Ledger.export` takes it."""
+        suites = (self.make_suite(n_contexts, _JUDGED["contexts"]), _cut_unseen_text(stretches))
+        layers = [key for key in scalings if ";" not in key]
+        parts = [part.key for key in layers for part in split_by_kind(self.lm, read_key(key)).values()]
+        fingerprint = self.lm.fingerprint
+        keys = dict.fromkeys([LayerScaling.identity(self.lm.num_layers).key, *scalings, *parts])
+        return [(fingerprint, key) for key in keys], [k for suite in suites for p in suite.probes for k in p.keys]
+
+    def compare_kinds(self, key: str, n_contexts: int) -> dict[str, Interval]:
+        """Points gained by a scaling's factors of sliding layers only, and of full layers only."""
+        suite, parts = self.make_suite(n_contexts, _JUDGED["contexts"]), split_by_kind(self.lm, read_key(key))
+        scalings = [LayerScaling.identity(self.lm.num_layers), *parts.values()]
+        before, *after = score(self.lm, suite, scalings, ledger=self.ledger).exact.mean(axis=2)
+        return {kind: bootstrap_mean(100 * (a - before)) for kind, a in zip(parts, after, strict=True)}
+
+
+def _find(method: str, find: Callable[[int], pd.DataFrame], seed: int) -> pd.DataFrame:
+    return find(seed).assign(method=method, seed=seed)
+
 
 def read_key(key: str) -> Scaling:
     """The scaling that a key is of."""
@@ -157,6 +184,12 @@ def correct(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     tested = table["method"] != "no scaling"
     table.loc[tested, "p"] = holm(table.loc[tested, "p"])
     return table
+
+
+def pick(table: pd.DataFrame, model: str, limit: float, seed: int = 0) -> pd.DataFrame:
+    """One row for each method of a model: that of a seed and of a limit of perplexity, where it has one."""
+    rows = table[(table["model"] == model) & (table["seed"] == seed)]
+    return rows[(rows["limit"] == limit) | rows["limit"].isna()].set_index("method")
 
 
 def _cut_unseen_text(stretches: int) -> tasks.Suite:
@@ -176,6 +209,26 @@ def _compare(
         "by fifth": " ".join(f"{change:+.0f}" for change in 100 * fifths.mean(axis=0)),
         "perplexity": 100 * np.expm1((text_after - text_before).mean()),
     }  # fmt: skip
+
+
+def describe_model(lm: LM) -> dict[str, str]:
+    """What matters for positions, in words."""
+    config, windows = lm.model.config.get_text_config(), list_windows(lm)
+    sliding = sorted({window for window in windows if window})
+    ropes = config.rope_parameters if "rope_theta" not in config.rope_parameters else {"all": config.rope_parameters}
+    bases = sorted({rope["rope_theta"] for rope in ropes.values()})
+    weights = sum(parameter.numel() for parameter in lm.model.parameters())
+    attention = lm.model.get_submodule("model.layers.0.self_attn")
+    return {
+        "weights": f"{weights / 1e6:,.0f} million",
+        "layers": str(lm.num_layers),
+        "layers that see the whole context": str(windows.count(0)),
+        "tokens that the others see": ", ".join(f"{window:,}" for window in sliding) or "all see the whole",
+        "query heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
+        "norm of queries and keys": "yes" if hasattr(attention, "q_norm") else "no",
+        "base of RoPE": ", ".join(f"{base:,.0f}" for base in bases),
+        "window (tokens)": f"{lm.window:,}",
+    }
 
 
 def describe_layers(
@@ -208,6 +261,21 @@ def describe_layers(
     return table.rename_axis("layer").reset_index()
 
 
+def summarise_layers(rows: pd.DataFrame) -> dict[str, Any]:
+    """What `describe_layers` says of a model: its most harmful layer, what is in it, how entropy goes over layers."""
+    harm, previous = rows["pi, mean"].to_numpy(float), rows["previous token"].to_numpy(float)
+    worst = int(harm.argmax())
+    return {
+        "most harmful layer": worst,
+        "its harm (nats)": float(harm[worst]),
+        "all others together": float(harm.sum() - harm[worst]),
+        "its previous-token head": float(previous[worst]),
+        "rank of that head": int((previous > previous[worst]).sum()) + 1,
+        "what it sees": f"{rows['sees'].iloc[worst]} tokens" if rows["sees"].iloc[worst] else "everything",
+        "entropy over the layers": float(rows["layer"].corr(rows["entropy"], method="spearman")),
+    }
+
+
 def list_windows(lm: LM) -> list[int]:
     """Tokens that each layer sees; 0 for all."""
     config = lm.model.config.get_text_config()
@@ -215,10 +283,86 @@ def list_windows(lm: LM) -> list[int]:
     return [config.sliding_window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
-def split_by_kind(lm: LM, scaling: LayerScaling) -> dict[str, LayerScaling]:
-    """A scaling with the factors of one kind of layers only, the others at 1: "sliding" and "full"."""
+def split_by_kind(lm: LM, scaling: Scaling) -> dict[str, LayerScaling]:
+    """A scaling of layers with the factors of one kind of layers only, the others at 1."""
+    assert isinstance(scaling, LayerScaling)
     parts = {}
     for kind, wanted in (("sliding layers only", True), ("full layers only", False)):
         factors = [f if bool(w) == wanted else 1.0 for f, w in zip(scaling.factors, list_windows(lm), strict=True)]
         parts[kind] = LayerScaling(factors, scheme=scaling.scheme)
     return parts
+
+
+def draw_layers(values: pd.Series, windows: Sequence[int], *, ylabel: str, ax: Axes) -> None:
+    """A bar for each layer, those that see the whole context dark; the highest carries its number."""
+    ax.bar(values.index, values, color=["0.75" if window else "0.25" for window in windows])
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    top = int(values.to_numpy().argmax())
+    ax.annotate(
+        f"layer {top}", (top, float(values.max())), (0, 2), textcoords="offset points", ha="center", fontsize="small"
+    )
+    ax.set(ylabel=ylabel, xlim=(-0.7, len(values) - 0.3))
+    ax.margins(y=0.2)
+
+
+def give_verdicts(
+    picked: Mapping[str, pd.DataFrame],
+    facts: Mapping[str, Mapping[str, Any]],
+    halves: Mapping[tuple[str, str], Sequence[float]],
+    kept: Mapping[float, float],
+) -> pd.DataFrame:
+    """Claims as rows, models as columns: the number that each model gives, and whether both agree.
+
+    Parameters
+    ----------
+    picked : mapping of a model to the rows of `pick`
+    facts : mapping of a model to what `summarise_layers` says
+    halves : mapping of (model, "factor" or "temperature") to its means over the first and second half of the layers
+    kept : mapping of a base of RoPE to the share of accuracy that is left under the paper's scheme
+    """
+
+    def gain(rows: pd.DataFrame, method: str) -> tuple[bool, str]:
+        points, low, high = (float(rows.at[method, name]) for name in ("points", "low", "high"))  # type: ignore[arg-type]
+        return low > 0, f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+    def gain_more(rows: pd.DataFrame) -> tuple[bool, str]:
+        numbers = rows.loc[[MAIN[2], MAIN[1]], ["points", "low", "high"]].to_numpy(float)
+        return bool(numbers[0, 1] > numbers[1, 2]), f"{numbers[0, 0] - numbers[1, 0]:+.1f}"
+
+    claims: dict[str, dict[str, tuple[bool, str]]] = {}
+    for claim, method in {
+        "one factor for all layers gains (points)": "one factor (pi)",
+        "the paper's algorithm gains (points)": "the paper's GA",
+        "the paper's scheme gains by gradient (points)": "layers, pi factors",
+        "numbers of layers gain under ntk (points)": MAIN[1],
+        "numbers of heads gain (points)": MAIN[2],
+    }.items():
+        claims[claim] = {model: gain(rows, method) for model, rows in picked.items()}
+    claims["heads gain more than layers (points)"] = {model: gain_more(rows) for model, rows in picked.items()}
+    claims["one layer costs more than all others together (nats)"] = {
+        model: (of["its harm (nats)"] > of["all others together"],
+                f"{of['its harm (nats)']:.2f}, {of['all others together']:.2f}")
+        for model, of in facts.items()
+    }  # fmt: skip
+    claims["it holds the best previous-token head (rank)"] = {
+        model: (of["rank of that head"] == 1, str(of["rank of that head"])) for model, of in facts.items()
+    }
+    claims["early layers look more widely than late ones (rank correlation)"] = {
+        model: (of["entropy over the layers"] < 0, f"{of['entropy over the layers']:+.2f}")
+        for model, of in facts.items()
+    }
+    for what in ("factor", "temperature"):
+        claims[f"useful {what}s rise from early to late layers (means of halves)"] = {
+            model: (second > first, f"{first:.2f}, {second:.2f}")
+            for (model, kind), (first, second) in halves.items()
+            if kind == what
+        }
+    rows = {claim: {model: f"{'yes' if yes else 'no'}: {number}" for model, (yes, number) in of.items()}
+            for claim, of in claims.items()}  # fmt: skip
+    table = pd.DataFrame(rows).T.rename_axis("claim")
+    answers = [{yes for yes, _ in of.values()} for of in claims.values()]
+    table["both"] = ["yes" if a == {True} else "no" if a == {False} else "differ" for a in answers]
+    smallest, largest = min(kept), max(kept)
+    shares = f"{kept[smallest]:.0%} kept at base {smallest:,.0f}, {kept[largest]:.0%} at {largest:,.0f}"
+    table.loc["a small base bears division better (models made here)"] = [shares, *[""] * (len(picked) - 1), ""]
+    return table

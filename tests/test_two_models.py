@@ -1,10 +1,22 @@
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import two_models
-from two_models import MAIN, SPACES, Trial, correct, describe_layers, list_windows, read_key, split_by_kind
+from two_models import (
+    MAIN,
+    SPACES,
+    Trial,
+    correct,
+    describe_layers,
+    describe_model,
+    draw_layers,
+    list_windows,
+    read_key,
+    split_by_kind,
+)
 
 from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm
 
@@ -24,12 +36,13 @@ def fewer_texts(monkeypatch):
 
 def test_every_method_is_searched_and_the_main_ones_with_more_seeds(trial):
     searches = trial.list_searches(2)
-    names = {name for name, _ in searches}
+    names = {name.partition(" | ")[0] for name in searches}
     assert {*SPACES, *MAIN, "one factor (pi)", "the paper's GA (bounds 0.7 to 1.2)"} <= names
-    assert {name for name, seed in searches if seed == 1} == {*MAIN}
-    [uniform] = searches["one factor (ntk)", 0]().to_dict("records")
+    assert {name.partition(" | ")[0] for name in searches if name.endswith("| 1")} == {*MAIN}
+    [uniform] = searches["one factor (ntk) | 0"]().to_dict("records")
     assert uniform["scaling"] in {LayerScaling.uniform(f, 2, "ntk").key for f in trial.grid}
-    [evolved] = searches["the paper's GA", 1]().to_dict("records")
+    [evolved] = searches["the paper's GA | 1"]().to_dict("records")
+    assert (evolved["method"], evolved["seed"]) == ("the paper's GA", 1)
     factors = LayerScaling.from_key(evolved["scaling"]).factors
     assert all(1 <= factor <= 2 for factor in factors)
 
@@ -65,6 +78,25 @@ def test_what_is_judged_on_is_neither_searched_nor_chosen_on(trial):
     make = partial(trial.make_suite, 4)
     seen = {probe.context for seed in (1000, 5000, 10_000) for probe in make(seed).probes}
     assert not seen & {probe.context for probe in make(two_models._JUDGED["contexts"]).probes}
+
+
+def test_a_model_is_described_by_what_matters_for_positions(tiny):
+    gemma = describe_model(load_lm("tiny-gemma3", dtype="float32", device="cpu"))
+    assert gemma["tokens that the others see"] == "32"
+    assert gemma["base of RoPE"] == "10,000, 1,000,000"
+    assert gemma["norm of queries and keys"] == "yes"
+    plain = describe_model(tiny)
+    assert plain["layers that see the whole context"] == plain["layers"] == "2"
+    assert plain["norm of queries and keys"] == "no"
+    assert gemma.keys() == plain.keys()
+
+
+def test_bars_of_layers_name_the_highest():
+    figure, ax = plt.subplots()
+    draw_layers(pd.Series([0.1, 0.5, 0.2]), [0, 32, 0], ylabel="nats", ax=ax)
+    assert [text.get_text() for text in ax.texts] == ["layer 1"]
+    assert len({bar.get_facecolor() for bar in ax.patches}) == 2
+    plt.close(figure)
 
 
 def test_layers_are_described_with_what_they_see(tmp_path):
