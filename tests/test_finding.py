@@ -697,3 +697,24 @@ def test_other_families_are_searched_as_well(find, family, space):
     found = find(lm=lm, space=space)
     assert str(found).startswith("No ")
     assert space != "auto" or found.about["space"] == "head_gains"  # its heads share a query norm: no temperatures
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "space"),
+    [
+        ("qwen2", "float32", "heads"),
+        ("qwen2", "bfloat16", "heads"),
+        ("qwen3", "bfloat16", "head_gains"),  # its heads share a query norm
+        ("olmo2", "bfloat16", "heads"),  # a norm, but with a weight for each head
+        ("llama", "bfloat16", "heads"),
+    ],
+)
+def test_a_folder_of_a_users_model_is_searched_in_its_precision(find, tmp_path, family, dtype, space):
+    made = load_lm(f"tiny-{family}", dtype=dtype, device="cpu")
+    made.model.save_pretrained(tmp_path / "mine")
+    made.tokenizer.save_pretrained(tmp_path / "mine")
+    lm = load_lm(tmp_path / "mine", dtype=dtype, device="cpu")
+    found = find(lm=lm)
+    assert found.about["space"] == space
+    assert f"helped {tmp_path / 'mine'} on" in str(found)
+    assert np.isfinite(found.row("text", "perplexity, not seen")["found"])
