@@ -1,4 +1,5 @@
-# make demo: a scaling for a real model, found and tested in minutes.   make test: everything CI checks.
+# make demo: a scaling for a real model, found and tested in minutes (make demo MODEL=gemma3-270m, a folder, a hub id).
+# make test: everything CI checks.
 # make test-oldest: the same on the oldest torch and transformers allowed, in a venv of its own.
 # make bench: what an answer, a gradient and a search cost, and how soon two models gain: minutes to so many points.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
@@ -17,7 +18,7 @@ OLDEST := torch==2.9.0 transformers==5.20.0
 
 demo: texts
 	@mkdir -p build
-	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -f notebooks/profiles/demo/00.yaml
+	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -f notebooks/profiles/demo/00.yaml $(if $(MODEL),-p model '$(MODEL)')
 	@$(BIN)/python tools/first_screen.py build/demo.ipynb
 	@$(BIN)/jupyter nbconvert --log-level WARN --to html --template page --TemplateExporter.extra_template_basedirs=tools build/demo.ipynb
 	@$(BIN)/python tools/reproduce.py build/demo.ipynb
