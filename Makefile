@@ -16,7 +16,7 @@ OLDEST := torch==2.9.0 transformers==5.20.0
 
 .PHONY: demo reproduce test test-oldest bench lint model gemma texts clean
 
-demo: texts
+demo: $(if $(MODEL),.venv/installed,texts)
 	@mkdir -p build
 	$(RUN) notebooks/00_find_a_scaling.ipynb build/demo.ipynb -f notebooks/profiles/demo/00.yaml $(if $(MODEL),-p model '$(MODEL)')
 	@$(BIN)/python tools/first_screen.py build/demo.ipynb
