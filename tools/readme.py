@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 from first_screen import fill_first_screen
+from record import DECODED_NAME, GENETIC_NAME, GOALS
 
 from lrs_utils.finding.recipe import AUTO
 from lrs_utils.notebook import ROOT
@@ -229,6 +230,64 @@ def _cream_large() -> list[dict[str, str]]:
     return [*table.values()]
 
 
+def _bench() -> list[dict[str, str]]:
+    """What an answer costs, a row for each line of the benchmark that a reader needs."""
+    lines = {
+        ("generate", 20): "`model.generate`, one by one",
+        ("score, one question", 20): "`score`, one question a context",
+        ("score, three positions", 20): "`score`, the paper's three positions",
+        ("score, all positions", 20): "`score`, all 20 positions",
+        ("score, all positions", 75): "`score`, all of 75 pairs",
+        ("score, all positions", 140): "`score`, all of 140 pairs",
+        ("generation, each candidate alone", 20): "a generation of notebook 06's search, one candidate after another",
+        ("generation of the search", 20): "the same, its candidates together",
+        ("search of U: trie", 20): "notebook 06's search of U, shared layers computed once",
+        ("search of all depths: trie", 20): "notebook 06's search of all depths, shared layers computed once",
+    }
+    measured = {(row["line"], row["pairs"]): row for row in _rows("benchmark")}
+    return [
+        {
+            "": name, "times faster an answer": f"{measured[key]['times_faster']:.2g}",
+            "seconds an answer": f"{measured[key]['seconds_an_answer']:.2g}",
+            "of the limit": f"{100 * measured[key]['share_of_limit']:.0f} %",
+        }
+        for key, name in lines.items()
+        if key in measured
+    ]  # fmt: skip
+
+
+def _gradient() -> list[dict[str, str]]:
+    """What a gradient costs."""
+    return [
+        {
+            "context": f"{r['pairs']} {'UUID' if r['keys'] == 'uuid' else 'short'} pairs",
+            "numbers of": r["numbers of"],
+            "`score` (seconds)": f"{r['score, seconds']:.1f}",
+            "a gradient, in contexts scored": f"{r['price']:.1f} ({r['least']:.1f} to {r['most']:.1f})",
+        }
+        for r in _rows("gradient_prices")
+    ]
+
+
+def _record() -> list[dict[str, str]]:
+    """Minutes to a goal of points: the first call of `find_scaling` that reaches it; the paper's search beside it."""
+    table, rows = [], pd.DataFrame(_rows("record"))
+    for (model, keys, pairs), of in rows.groupby(["model", "keys", "pairs"], sort=False) if len(rows) else ():
+        calls = of[of["method"] == "find_scaling"]
+        row = {"model": str(model), "task": f"{pairs} {'UUID' if keys == 'uuid' else 'short'} pairs"}
+        for goal in sorted({goal for goals in GOALS.values() for goal in goals}):
+            reached = calls[calls["points"] >= goal]
+            row[f"minutes to +{goal}"] = "" if goal not in GOALS[str(keys)] else "not reached"
+            if len(reached) and goal in GOALS[str(keys)]:
+                first = reached.iloc[0]
+                row[f"minutes to +{goal}"] = f"{first['minutes']:.1f} ({first['points']:+.0f})"
+        genetic, decoded = (of[of["method"] == name].iloc[0] for name in (GENETIC_NAME, DECODED_NAME))
+        row["the paper's GA: minutes (points)"] = f"{genetic['minutes']:.1f} ({genetic['points']:+.0f})"
+        row["the same, decoding each answer"] = f"{decoded['minutes']:.0f}"
+        table.append(row)
+    return table
+
+
 def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
     """Name and question of every notebook, with the figure of its name, else the first figure that a README shows."""
     rows, shown = [], "".join(_TABLE.sub("", path.read_text(encoding="utf-8")) for path in READMES)
@@ -250,7 +309,7 @@ TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
     "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
-    "cream": _cream, "cream_large": _cream_large,
+    "cream": _cream, "cream_large": _cream_large, "bench": _bench, "gradient": _gradient, "record": _record,
     "map": partial(_notebooks, "notebooks/", True), "notebooks": partial(_notebooks, "", False),
 }  # fmt: skip
 

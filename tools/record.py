@@ -36,6 +36,7 @@ STEPS = (8, 16, 32)
 CONTEXTS = (16, 8, 16)
 GENETIC: dict[str, Any] = {"population": 20, "parents": 10, "mutations": 5, "crossovers": 5}  # notebook 06's
 CANDIDATES = 60
+GENETIC_NAME, DECODED_NAME = "the paper's GA", "the paper's GA, decoding each answer"
 _GAIN = {"points": "change", "low": "low", "high": "high"}  # columns here and in a Found's table
 
 
@@ -88,7 +89,7 @@ def time_genetic(lm: LM, task: Any, pairs: int, found: Found) -> Iterator[dict[s
     gain = {"points": 100 * float(np.mean(after) - np.mean(before))}
     gain |= {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
     answers = len(result.candidates) * int(suite.asked.sum())
-    row = {"method": "the paper's GA", "steps": len(result.candidates), "answers": answers}
+    row = {"method": GENETIC_NAME, "steps": len(result.candidates), "answers": answers}
     yield row | {"minutes": minutes} | gain
     work = generate_work(lm, suite.probes[0], result.best, range(3))
     with torch.inference_mode():
@@ -96,7 +97,7 @@ def time_genetic(lm: LM, task: Any, pairs: int, found: Found) -> Iterator[dict[s
         started = time.process_time()
         work.run(SilentProgress())
     decoded = (time.process_time() - started) / work.answers * answers / 60
-    yield row | {"method": "the paper's GA, decoding each answer", "minutes": decoded} | gain
+    yield row | {"method": DECODED_NAME, "minutes": decoded} | gain
 
 
 if __name__ == "__main__":
