@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from lrs_utils import BezierCurve, GeneticSearch, LayerScaling, tasks
@@ -246,5 +247,7 @@ def draw_factors(scalings: Mapping[str, Sequence[float]], *, ax: Axes) -> None:
     for name, values in scalings.items():
         ax.step(np.arange(len(values)), values, where="mid", color=colour_of(name), linewidth=2)
         middle = len(values) // 2
-        ax.text(middle, values[middle], name, ha="center", va="bottom", color=colour_of(name), fontsize="small")
+        look: dict[str, Any] = {"ha": "center", "fontsize": "small", "textcoords": "offset points"}
+        halo = [withStroke(linewidth=3, foreground="white")]  # lines may cross a name
+        ax.annotate(name, (middle, values[middle]), (0, 4), color=colour_of(name), path_effects=halo, **look)
     ax.set(xlabel="layer", ylabel="factor")

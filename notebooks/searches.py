@@ -99,7 +99,8 @@ class Method:
     @property
     def phrase(self) -> str:
         """The same in words."""
-        who = {"GA": "the genetic algorithm", "gradient": "the gradient", "gradient x 4": "the gradient (four budgets)"}
+        who = {"GA": "the genetic algorithm", "gradient": "the gradient"}
+        who["gradient x 4"] = "the gradient (with four times the budget)"
         what = "factors and temperatures" if self.vary == "both" else self.vary
         return f"{who.get(self.searcher, self.searcher)} in {what} (`{self.scheme}`, {self.objective})"
 

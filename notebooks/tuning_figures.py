@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from lrs_utils.analysis.methods import colour_of, compare, dot_panels, dots
@@ -203,6 +204,7 @@ def draw_perplexities(perplexity: pd.Series, length: int) -> tuple[Figure, str]:
     table = pd.DataFrame({"mean": ordered, "low": ordered, "high": ordered})
     figure = dots(table, xlabel=f"perplexity at {length:,} tokens (logarithmic)", zero=None)
     figure.axes[0].set_xscale("log")
+    figure.axes[0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,.0f}")
     for row, value in enumerate(ordered[::-1]):
         figure.axes[0].annotate(f"{value:.1f}", (value, row), (7, -3), textcoords="offset points", fontsize="small")
     figure.axes[0].minorticks_off()

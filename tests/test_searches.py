@@ -50,7 +50,7 @@ def test_a_methods_name_its_piece_and_its_columns_say_the_same_four_choices(cont
     assert method.key == "GA | pi | factors | U"
     assert [*method.columns] == [*searches.COLUMNS]
     longer = Method("gradient x 4", "ntk", "both", NLL, contest.descend, budgets=4)
-    assert longer.phrase == "the gradient (four budgets) in factors and temperatures (`ntk`, nll)"
+    assert longer.phrase == "the gradient (with four times the budget) in factors and temperatures (`ntk`, nll)"
 
 
 def test_searches_share_no_context_and_are_judged_as_their_objective_says(contest):

@@ -204,7 +204,7 @@ def bezier(curve: BezierCurve, factors: Sequence[float], *, ax: Axes | None = No
     ax.plot(curve.layers, curve.values, color="0.6", linestyle=":", linewidth=1)
     fine = np.linspace(0, len(factors) - 1, 200)
     ax.plot(fine, curve(fine), color=_COLOURS[0])
-    ax.scatter(curve.layers, curve.values, color=_COLOURS[1], zorder=3)
+    ax.scatter(curve.layers, curve.values, color=_COLOURS[1], zorder=3, clip_on=False)
     ax.set(xlabel="layer", ylabel="factor")
     return _figure(ax)
 
