@@ -242,7 +242,7 @@ def draw_gains(gains: Mapping[str, Mapping[str, Floats]]) -> Figure:
 
 
 def draw_factors(scalings: Mapping[str, Sequence[float]], *, ax: Axes) -> None:
-    """Factors over depth, a step line for each method, named at its middle."""
+    """Factors over the layers, a step line for each method, named at its middle."""
     for name, values in scalings.items():
         ax.step(np.arange(len(values)), values, where="mid", color=colour_of(name), linewidth=2)
         middle = len(values) // 2

@@ -196,7 +196,7 @@ def factors(scalings: Mapping[str, Sequence[float]], *, ylabel: str = "factor", 
 
 
 def bezier(curve: BezierCurve, factors: Sequence[float], *, ax: Axes | None = None) -> Figure:
-    """A curve over depth with its control points, and the rounded factors that layers get from it, as bars from 1."""
+    """A curve over the layers with its control points, and the rounded factors that layers get, as bars from 1."""
     ax = ax or plt.subplots()[1]
     layers = np.arange(len(factors))
     ax.bar(layers, np.asarray(factors) - 1, bottom=1, color=_COLOURS[9], alpha=0.45, width=0.8)

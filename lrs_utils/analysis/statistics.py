@@ -199,8 +199,8 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
 def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resamples: int = 2_000) -> Interval:
     """Spearman's rank correlation of two numbers of each unit (a layer, a head), with a bootstrap interval over units.
 
-    The interval treats units as independent. Layers are not: values that are smooth over depth correlate by chance more
-    often (`shift_test`).
+    The interval treats units as independent. Layers are not: values that are smooth over the layers correlate by chance
+    more often (`shift_test`).
 
     Parameters
     ----------
@@ -218,9 +218,9 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, level: float = 0.95, resampl
 
 
 def shift_test(x: ArrayLike, y: ArrayLike) -> float:
-    """Two-sided p of a rank correlation over depth: how many circular shifts of one against the other do as well.
+    """Two-sided p of a rank correlation over layers: how many circular shifts of one against the other do as well.
 
-    Shifts keep how smooth each is over depth, which a permutation would not.
+    Shifts keep how smooth each is over the layers, which a permutation would not.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Cubic Bezier curves over depth: four control points that stand for all layer factors (arXiv 2503.04355).
+"""Cubic Bezier curves over the layers: four control points that stand for all layer factors (arXiv 2503.04355).
 
 B(t) = (1-t)^3 P0 + 3(1-t)^2 t P1 + 3(1-t) t^2 P2 + t^3 P3 with P_k = (layer, value). Whether the paper lets the
 control points move along the layer axis is not known; both are possible here (CHOICES.md).

@@ -1,4 +1,4 @@
-"""What `search` needs of a searcher, and the space of curves over depth that most of them search in.
+"""What `search` needs of a searcher, and the space of curves over the layers that most of them search in.
 
 A searcher proposes scalings (`ask`) and is told what they are worth (`tell`). It is deterministic given its seed and
 keeps nothing on disk: resuming a search is running it again, with the ledger answering for what was measured.
@@ -46,7 +46,7 @@ def varied(vary: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Points:
-    """Control points of one curve over depth, by the layer they stand at and their height."""
+    """Control points of one curve over the layers, by the layer they stand at and their height."""
 
     layers: tuple[float, ...]
     values: tuple[float, ...]
@@ -57,7 +57,7 @@ Genome = tuple[Points, ...]  # the curve of the factors, that of the temperature
 
 @dataclass(frozen=True)
 class Space:
-    """The scalings that a search may propose: a curve over depth for the factors, the temperatures, or one for each.
+    """The scalings that a search may propose: a curve over the layers for factors, temperatures, or one for each.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Space:
         Height of the flat first curve of factors; by default the middle of the bounds (the paper's 1.5). That of
         temperatures starts at 1.
     move_layers : bool
-        Also search where along depth the inner control points stand.
+        Also search at which layers the inner control points stand.
     """
 
     num_layers: int

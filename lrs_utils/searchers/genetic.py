@@ -12,7 +12,7 @@ from lrs_utils.searchers.curves import Fitness, Genome, Points, Space
 
 
 class GeneticSearch:
-    """Genetic algorithm whose genomes are control points of a curve over depth.
+    """Genetic algorithm whose genomes are control points of a curve over the layers.
 
     As 2503.04355 describes it, as far as that is known; where it is silent, as the co-author's LongRoPE (2402.13753,
     released code) does it: the first population is a flat curve and mutations of it; each generation keeps the best

@@ -66,7 +66,7 @@ class CmaEsSearch:
 
 
 class LinearSearch(CmaEsSearch):
-    """Straight lines over depth, two numbers, found by CMA-ES: what a curve has to beat."""
+    """Straight lines over the layers, two numbers, found by CMA-ES: what a curve has to beat."""
 
     def __init__(self, num_layers: int, **options: Any) -> None:
         super().__init__(num_layers, shape="linear", **options)
