@@ -1,4 +1,4 @@
-"""Passkey retrieval (Mohtashami and Jaggi 2023, prompt of their release): a number hidden in filler, length x depth."""
+"""Pass key retrieval (Mohtashami and Jaggi 2023, the prompt released): a number hidden in filler, length x depth."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 def passkey(
     n_fillers: int = 50, n_contexts: int = 20, seed: int = 0, *, depths: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)
 ) -> list[Suite]:
-    """Generate passkey suites, one for each depth: a context has one key, so depths don't share contexts.
+    """Generate pass key suites, one for each depth: a context has one key, so depths don't share contexts.
 
     Parameters
     ----------
