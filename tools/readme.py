@@ -367,6 +367,7 @@ def stamp(notebook: Any, name: str, repository: str | None, version: str) -> Non
         cell = nbformat.v4.new_code_cell(metadata={"tags": ["colab"]}, id="colab")  # type: ignore[no-untyped-call]
         cells.insert(1, cell)
     cells[1].source = colab_cell(repository, version)
+    cells[1].metadata["jupyter"] = {"source_hidden": True}  # plumbing: nothing to read
 
 
 def address() -> tuple[str | None, str]:
