@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lrs_utils import tasks
 from lrs_utils.scoring.attention import _attend_packed, laid_out
@@ -27,8 +28,9 @@ def branched_from(packed):
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("window", [None, 7, 40])
 @pytest.mark.parametrize("block_rows", [1, 90, 10_000])
+@pytest.mark.parametrize("scale", [0.3, 0.25])  # a power of two multiplies queries, another number logits
 def test_attention_equals_dense_attention_under_the_mask(
-    tiny, monkeypatch, dtype, tolerance, kv_heads, window, block_rows
+    tiny, monkeypatch, dtype, tolerance, kv_heads, window, block_rows, scale
 ):
     monkeypatch.setitem(_BLOCK_ROWS, "cpu", block_rows)
     probes = tasks.kv_retrieval(3, 1, keys="short").probes + tasks.kv_retrieval(5, 1, keys="short").probes
@@ -41,10 +43,10 @@ def test_attention_equals_dense_attention_under_the_mask(
         for heads in (6, kv_heads, kv_heads)
     )
     with laid_out(layout):
-        found, _ = _attend_packed(torch.nn.Module(), q, k, v, None, 0.3, window)
+        found, _ = _attend_packed(torch.nn.Module(), q, k, v, None, scale, window)
     seen = seen_densely(packs, copies, window)
     k, v = (x.double().repeat_interleave(6 // kv_heads, 1) for x in (k, v))
-    logits = (0.3 * q.double() @ k.mT).masked_fill(~seen, -torch.inf)
+    logits = (scale * q.double() @ k.mT).masked_fill(~seen, -torch.inf)
     torch.testing.assert_close(
         found.double(), (logits.softmax(-1) @ v).transpose(1, 2), atol=tolerance, rtol=tolerance
     )  # fmt: skip
@@ -53,7 +55,8 @@ def test_attention_equals_dense_attention_under_the_mask(
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("window", [None, 7, 40])
 @pytest.mark.parametrize("block_rows", [1, 90, 10_000])
-def test_gradients_of_attention_equal_those_of_dense_attention(tiny, monkeypatch, kv_heads, window, block_rows):
+@pytest.mark.parametrize("scale", [0.3, 0.25])  # a power of two multiplies queries, another number logits
+def test_gradients_of_attention_equal_those_of_dense_attention(tiny, monkeypatch, kv_heads, window, block_rows, scale):
     monkeypatch.setitem(_BLOCK_ROWS, "cpu", block_rows)
     probes = tasks.kv_retrieval(3, 1, keys="short").probes + tasks.kv_retrieval(5, 1, keys="short").probes
     packs, copies = [pack(tiny, probe, "") for probe in probes], 2
@@ -65,11 +68,11 @@ def test_gradients_of_attention_equal_those_of_dense_attention(tiny, monkeypatch
         for heads in (6, kv_heads, kv_heads, 6)
     )
     with laid_out(layout):
-        found, _ = _attend_packed(torch.nn.Module(), q, k, v, None, 0.3, window)
+        found, _ = _attend_packed(torch.nn.Module(), q, k, v, None, scale, window)
     seen = seen_densely(packs, copies, window)
     of_heads = (x.repeat_interleave(6 // kv_heads, 1) for x in (k, v))
     keys, values = of_heads
-    dense = ((0.3 * q @ keys.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+    dense = ((scale * q @ keys.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
     given = weight.detach().transpose(1, 2)
     for mine, theirs in zip(*(torch.autograd.grad((x * given).sum(), (q, k, v)) for x in (found, dense)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
@@ -89,6 +92,22 @@ def test_gradients_of_attention_are_those_of_what_it_computes(window):
         assert torch.autograd.gradcheck(
             lambda *given: _attend_packed(torch.nn.Module(), *given, None, 0.5, window)[0], inputs
         )
+
+
+def test_attention_is_one_function_to_a_mode():
+    """A mode that was asked about every call inside would take 2 % of the time of `score`."""
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    layout = Layout([_row([0, 1, 2, 3], [0, 0, 0, 1])], torch.device("cpu"))
+    q = torch.ones(1, 2, 4, 8)
+    with laid_out(layout), Mode():
+        _attend_packed(torch.nn.Module(), q, q, q, None, None, None)
+    assert seen == [_attend_packed]
 
 
 def _row(positions, branch):

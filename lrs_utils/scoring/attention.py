@@ -5,6 +5,7 @@ gradients of the keys and values that the block sees, so nothing of the size of 
 through slices of the keys, would write zeros for all keys and add them, once for each block.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
 from transformers import AttentionInterface
 
 from lrs_utils.models.decode import known_window
@@ -32,6 +34,7 @@ def laid_out(layout: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+@wrap_torch_function(lambda _, query, key, value, *__, **___: (query, key, value))  # type: ignore[arg-type]
 def _attend_packed(
     module: nn.Module,
     query: Tensor,
@@ -42,7 +45,11 @@ def _attend_packed(
     sliding_window: int | EllipsisType | None = ...,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim)."""
+    """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim).
+
+    To a `TorchFunctionMode` (`packing.FixedRows`) this is one function: it isn't asked about the hundreds of calls
+    inside.
+    """
     window = known_window(module, sliding_window, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return _PackedAttention.apply(query, key, value, _layout.get(), window, scale), None  # type: ignore[no-untyped-call]
@@ -65,7 +72,11 @@ class _Pieces:
     ) -> None:
         (_, heads, self.tokens, dim), self.kv_heads = query.shape, key.shape[1]
         self.group, self.layout, self.window, self.scale = heads // self.kv_heads, layout, window, scale
-        self.q = query.view(self.kv_heads, self.group, self.tokens, dim)
+        # a power of two multiplies the queries without rounding, which are fewer than the logits; in float16 small ones
+        # would lose digits
+        exact = math.frexp(scale)[0] == 0.5 and query.dtype != torch.float16
+        scaled, self.rest = (query * scale, 1.0) if exact else (query, scale)  # `rest`: what logits lack of the scale
+        self.q = scaled.view(self.kv_heads, self.group, self.tokens, dim)
         self.k, self.v = key[0].contiguous(), value[0].contiguous()
 
     def cut(self, contexts: bool) -> Iterator[_Piece]:
@@ -89,9 +100,10 @@ class _Pieces:
         """
         queries, keys = self.q[piece.heads, :, piece.rows].flatten(1, 2), self.seen(self.k, piece)
         logits, weights = self.layout.scratch(*queries.shape[:2], keys.shape[1], like=self.q)
-        torch.baddbmm(logits, queries, keys.mT, beta=0, alpha=self.scale, out=logits)
+        torch.baddbmm(logits, queries, keys.mT, beta=0, alpha=self.rest, out=logits)
         n_rows, n_hidden = piece.bias.shape
-        logits.view(-1, self.group, n_rows, logits.shape[2])[..., -n_hidden:] += piece.bias
+        # `+=` would copy the sum onto itself
+        logits.view(-1, self.group, n_rows, logits.shape[2])[..., -n_hidden:].add_(piece.bias)
         return queries, keys, torch.softmax(logits, -1, out=weights), logits
 
     def seen(self, of_tokens: Tensor, piece: _Piece) -> Tensor:
@@ -153,7 +165,7 @@ class _PackedAttention(torch.autograd.Function):
                 # one head at a time: a slice of several heads isn't contiguous, so it would be copied and copied back
                 for nth, head in enumerate(range(piece.heads.start, piece.heads.stop)):
                     d_value[head, columns].addmm_(weights[nth, :, some].mT, d_rows[nth])
-                    d_key[head, columns].addmm_(d_logits[nth, :, some].mT, queries[nth], alpha=pieces.scale)
+                    d_key[head, columns].addmm_(d_logits[nth, :, some].mT, queries[nth], alpha=pieces.rest)
                 first = some.stop
         return d_query.view_as(query), d_key[None], d_value[None], None, None, None
 

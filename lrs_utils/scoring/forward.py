@@ -74,11 +74,12 @@ class PackedForward:
             return hidden
 
         self._layout, self._given = layout, list[dict[str, Any]]()
+        none = torch.empty(0, dtype=torch.long, device=layout.ids.device)
         inputs: list[Tensor] = []
         with laid_out(layout), _layers_replaced(self._layers, note):
             # without its hooks: a gradient computes some things twice, in another thread, which would wait for this
             self._lm.model.forward(
-                layout.ids[None], position_ids=layout.positions[None], use_cache=False, logits_to_keep=1
+                layout.ids[None], position_ids=layout.positions[None], use_cache=False, logits_to_keep=none
             )
         return inputs[0]
 
@@ -124,10 +125,13 @@ class PackedForward:
         return hidden
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits (states, vocabulary) of last-layer outputs (states, hidden), by the model's own norm and head."""
+        """Logits (states, vocabulary) of last-layer outputs (states, hidden), by the model's own norm and head.
+
+        In the model's precision.
+        """
         with _layers_replaced(self._layers, lambda *_, **__: states[None]):
             tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-            return self._lm.model.forward(tokens, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+            return self._lm.model.forward(tokens, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
 def refuse_unscorable(lm: LM) -> None:
@@ -148,7 +152,7 @@ def _packed_as_plain(lm: LM) -> bool:
     packed = Packed(ids, positions, branch, torch.arange(len(ids)), ids, np.zeros(len(ids), np.int64))
     with PackedForward(lm, scaled=False, fixed_rows=True) as forward:
         hidden = forward.run_unhooked(forward.embed(Layout([packed], lm.model.device)))
-        found = forward.logits(hidden[0])
+        found = forward.logits(hidden[0]).float()
     wanted = torch.cat([plain[0], plain[1][context:]])
     return same(found, wanted, wanted.roll(1, 0))
 

@@ -94,7 +94,7 @@ def window_nll(
                 hidden = forward.embed(layout)
                 for layer, setting in enumerate(settings):
                     hidden = forward.run(layer, hidden, [setting])
-                logits = forward.logits(hidden[0, layout.predicted_at])
+                logits = forward.logits(hidden[0, layout.predicted_at]).float()
                 nll[row, column] = F.cross_entropy(logits, layout.targets).item()
                 bar.advance(1)
     return nll

@@ -18,7 +18,8 @@ from lrs_utils.scoring.packing import PRODUCT_ROWS, Layout, Packed, pack
 from lrs_utils.tasks import Probe, Suite
 
 CPU_BATCH_TOKENS = 4096  # larger batches gain nothing there, smaller ones lose where contexts are short
-_LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once: what stays in a cache
+_LOGITS_BYTES = {"cpu": 32 * 2**20}  # of logits over the vocabulary at once
+_JUDGED_BYTES = {"cpu": 4 * 2**20}  # of those in float32 at once: what stays in a cache
 
 
 class Shared:
@@ -201,14 +202,16 @@ class TrieWalk:
         at = self._layout.predicted_at.to(hidden.device)
         states = hidden.view(-1, self._layout.length, hidden.shape[2])[:, at].flatten(0, 1)
         targets = self._layout.targets.repeat(hidden.shape[1] // self._layout.length)
-        vocabulary = self._lm.model.config.get_text_config().vocab_size
+        of_token = 4 * self._lm.model.config.get_text_config().vocab_size
         rows = PRODUCT_ROWS.get(hidden.device.type, 2048)
-        at_once = max(1, _LOGITS_BYTES.get(hidden.device.type, 2**30) // (4 * vocabulary * rows)) * rows
+        at_once = max(1, _LOGITS_BYTES.get(hidden.device.type, 2**30) // (of_token * rows)) * rows
+        few = max(1, _JUDGED_BYTES.get(hidden.device.type, 2**30) // of_token)
         hits, losses = [], []
         for some, wanted in zip(*(torch.split(x, at_once) for x in (states, targets)), strict=True):
-            logits = self._forward.logits(some)
-            hits.append(logits.argmax(-1) == wanted)
-            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            for part, tokens in zip(*(torch.split(x, few) for x in (self._forward.logits(some), wanted)), strict=True):
+                logits = part.float()
+                hits.append(logits.argmax(-1) == tokens)
+                losses.append(F.cross_entropy(logits, tokens, reduction="none"))
         hit, loss = (torch.cat(parts).double().cpu().numpy() for parts in (hits, losses))
         # summed on the CPU: a GPU adds in any order, and nll decides between candidates
         shape = (-1, len(self._batch.packs), len(self._batch.asked))

@@ -153,7 +153,7 @@ def _average_nll(
     pieces = (torch.split(x, 256) for x in (at_tokens, layout.targets.to(states.device), share))
     for at, targets, of in zip(*pieces, strict=True):
         some = states[0, at].requires_grad_()
-        loss = F.cross_entropy(forward.logits(some), targets, reduction="none")
+        loss = F.cross_entropy(forward.logits(some).float(), targets, reduction="none")
         losses.append(loss.detach())
         gradient[0, at] = torch.autograd.grad(loss, some, of.to(loss.dtype))[0]
     return (torch.cat(losses) / n_tokens[owner]).sum().item() / len(n_tokens), gradient
