@@ -51,7 +51,7 @@ class Measured:
 def split_by_depth(depths: ArrayLike) -> dict[str, NDArray[np.bool_]]:
     """Which questions are about the first fifth of positions, the middle, and the last fifth."""
     at = np.asarray(depths, float)
-    return {"begin": at <= 0.2, "middle": (at > 0.2) & (at < 0.8), "end": at >= 0.8}
+    return {"beginning": at <= 0.2, "middle": (at > 0.2) & (at < 0.8), "end": at >= 0.8}
 
 
 def tabulate_uniform(

@@ -78,7 +78,7 @@ def test_moves_are_compared_with_the_curve_as_found():
 
 
 def test_the_tilt_is_below_0_where_the_first_half_favours_the_end():
-    where = {"begin": np.array([True, False]), "end": np.array([False, True])}
+    where = {"beginning": np.array([True, False]), "end": np.array([False, True])}
     helps_the_end = np.stack([np.zeros((3, 2)), np.tile([0.0, -0.5], (3, 1))])
     changes = {("a", "first half"): helps_the_end, ("a", "second half"): np.zeros((2, 3, 2))}
     exact, nll = tilt(changes, "a", where)

@@ -37,7 +37,7 @@ def test_measured_scores_by_name_and_remembers_what_to_ship(tiny, tmp_path):
 
 def test_parts_of_a_context_are_fifths():
     where = split_by_depth(np.linspace(0, 1, 20))
-    assert {part: int(at.sum()) for part, at in where.items()} == {"begin": 4, "middle": 12, "end": 4}
+    assert {part: int(at.sum()) for part, at in where.items()} == {"beginning": 4, "middle": 12, "end": 4}
     assert sum(at.astype(int) for at in where.values()).tolist() == [1] * 20
 
 
