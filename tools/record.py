@@ -67,7 +67,8 @@ def time_methods(lm: LM, pairs: int, keys: str, folder: Path) -> Iterator[dict[s
             found = find_scaling(lm, task, steps=steps, contexts=CONTEXTS, ledger=ledger)
         minutes = (time.process_time() - started) / 60
         accuracy, text = found.row(found.judged.tasks[0].name, "accuracy"), found.row("text", "perplexity, not seen")
-        gain = {name: 100 * accuracy[column] for name, column in _GAIN.items()}
+        gain = {"no scaling": accuracy["no scaling"], "accuracy": accuracy["found"]}
+        gain |= {name: 100 * accuracy[column] for name, column in _GAIN.items()}
         rise = 100 * (text["found"] / text["no scaling"] - 1)
         answers = int(found.row("search", "answers")["found"])
         row = {"method": "find_scaling", "steps": steps, "answers": answers, "minutes": minutes}
@@ -86,7 +87,8 @@ def time_genetic(lm: LM, task: Any, pairs: int, found: Found) -> Iterator[dict[s
     minutes = (time.process_time() - started) / 60
     before, after = score(lm, found.judged.tasks[0], [LayerScaling.identity(lm.num_layers), result.best]).exact
     interval = bootstrap_mean((after - before.astype(float)).mean(axis=1))
-    gain = {"points": 100 * float(np.mean(after) - np.mean(before))}
+    gain = {"no scaling": before.mean(), "accuracy": after.mean()}
+    gain |= {"points": 100 * float(np.mean(after) - np.mean(before))}
     gain |= {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
     answers = len(result.candidates) * int(suite.asked.sum())
     row = {"method": GENETIC_NAME, "steps": len(result.candidates), "answers": answers}
