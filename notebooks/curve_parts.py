@@ -109,7 +109,9 @@ def tilt(changes: Mapping[tuple[str, str], Floats], name: str, where: Mapping[st
     Below 0 where scaling the first half favours the end (nll) more than scaling the second does. Shape (2, contexts).
     """
     part = {half: changes[name, half] for half in ("first half", "second half")}
-    of = {half: each[..., where["end"]].mean(-1) - each[..., where["beginning"]].mean(-1) for half, each in part.items()}
+    of = {
+        half: each[..., where["end"]].mean(-1) - each[..., where["beginning"]].mean(-1) for half, each in part.items()
+    }
     return np.asarray(of["first half"] - of["second half"])
 
 

@@ -38,35 +38,6 @@ def use_style() -> None:
     }
 
 
-def curves(
-    curves: Mapping[str, Interval | NDArray[np.float64]],
-    x: ArrayLike | Mapping[str, ArrayLike],
-    *,
-    xlabel: str,
-    ylabel: str,
-    markers: bool = True,
-    ax: Axes | None = None,
-) -> Figure:
-    """Curves with their names, and their intervals as bands where they have one.
-
-    Parameters
-    ----------
-    curves : mapping of name to Interval or array, shape (points,)
-    x : array, shape (points,), or a mapping of name to such
-    """
-    ax = ax or plt.subplots()[1]
-    for (name, curve), colour, marker in zip(curves.items(), _COLOURS, "osD^vPX*dh", strict=False):
-        at = np.asarray(x[name] if isinstance(x, Mapping) else x, float)
-        mean = curve.mean if isinstance(curve, Interval) else curve
-        ax.plot(at, mean, color=colour, marker=marker if markers else None, markersize=3.5, label=name)
-        if isinstance(curve, Interval):
-            ax.fill_between(at, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    if len(curves) > 1:
-        ax.legend(frameon=False)
-    return _figure(ax)
-
-
 def named_curves(
     curves: Mapping[str, Interval],
     x: ArrayLike | Mapping[str, ArrayLike],
@@ -76,7 +47,12 @@ def named_curves(
     colours: Sequence[Any] = _COLOURS,
     ax: Axes | None = None,
 ) -> Figure:
-    """Like `curves`, with names at the lines' ends, which are at one x, instead of a legend: for up to five lines."""
+    """Lines with bands, named at their ends, which are at one x: for up to five lines.
+
+    Parameters
+    ----------
+    x : array, or mapping of a line's name to array
+    """
     ax = ax or plt.subplots(figsize=(7, 3.4))[1]
     colour_of, last = dict(zip(curves, colours, strict=False)), 0.0
     for name, curve in curves.items():
@@ -87,19 +63,6 @@ def named_curves(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     label_ends(ax, last, {name: float(curve.mean[-1]) for name, curve in curves.items()}, colour_of)
     return _figure(ax)
-
-
-def by_depth(
-    accuracy: Mapping[str, Interval],
-    depths: ArrayLike | Mapping[str, ArrayLike],
-    *,
-    ylabel: str,
-    ax: Axes | None = None,
-) -> Figure:
-    """`curves` over the depth of the answer."""
-    figure = curves(accuracy, depths, xlabel=DEPTH, ylabel=ylabel, ax=ax)
-    (ax or figure.axes[0]).set_xlim(-0.02, 1.02)
-    return figure
 
 
 def named_lines(
