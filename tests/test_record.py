@@ -26,3 +26,13 @@ def test_the_last_goal_ends_the_calls(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "CONTEXTS", (4, 4, 4))
     rows = record.time_methods(tiny, 3, "short", tmp_path)
     assert [next(rows)["steps"], next(rows)["method"]] == [8, "the paper's GA"]
+
+
+def test_rows_of_a_task_replace_earlier_ones_and_leave_the_others(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr("result_tables.RESULTS", tmp_path)
+    rows = pd.DataFrame({"method": ["find_scaling"], "points": [1.0]})
+    for keys, points in (("short", 1.0), ("uuid", 2.0), ("short", 3.0)):
+        record.write_rows(rows.assign(model="tiny", pairs=3, keys=keys, points=points), tiny)
+    written = pd.read_csv(tmp_path / "record.csv", comment="#")
+    assert list(zip(written["keys"], written["points"], strict=True)) == [("uuid", 2.0), ("short", 3.0)]

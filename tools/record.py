@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from benchmark import describe_machine, generate_work
-from result_tables import write_table
+from result_tables import RESULTS, write_table
 
 from lrs_utils import Found, GeneticSearch, LayerScaling, Ledger, find_scaling, load_lm, score, search, tasks
 from lrs_utils.analysis.statistics import bootstrap_mean
@@ -35,7 +35,7 @@ GOALS = {"short": (25, 50), "uuid": (15,)}
 STEPS = (8, 16, 32)
 CONTEXTS = (16, 8, 16)
 GENETIC: dict[str, Any] = {"population": 20, "parents": 10, "mutations": 5, "crossovers": 5}  # notebook 06's
-CANDIDATES = 60
+CANDIDATES = 40
 GENETIC_NAME, DECODED_NAME = "the paper's GA", "the paper's GA, decoding each answer"
 _GAIN = {"points": "change", "low": "low", "high": "high"}  # columns here and in a Found's table
 
@@ -46,16 +46,23 @@ def main() -> None:
     parser.add_argument("--keys", nargs="+", default=[*GOALS], choices=GOALS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
     for model in options.models:
         lm = load_lm(model, dtype="bfloat16")
         for keys in options.keys:
             with tempfile.TemporaryDirectory() as folder:
-                about = {"model": lm.name, "pairs": PAIRS[model, keys], "keys": keys}
-                rows += [about | row for row in time_methods(lm, PAIRS[model, keys], keys, Path(folder))]
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False))
-    write_table("record", table, f"record.py | {describe_machine(lm)}", "%.4g")
+                rows = pd.DataFrame(time_methods(lm, PAIRS[model, keys], keys, Path(folder)))
+            write_rows(rows.assign(model=lm.name, pairs=PAIRS[model, keys], keys=keys), lm)
+
+
+def write_rows(rows: pd.DataFrame, lm: LM) -> None:
+    """Write a model's rows of one task in place of earlier ones: a run that is killed keeps the tasks it has done."""
+    path, same = RESULTS / "record.csv", ["model", "pairs", "keys"]
+    rows = rows[[*same, *rows.columns.difference(same, sort=False)]]
+    if path.exists():
+        earlier = pd.read_csv(path, comment="#")
+        rows = pd.concat([earlier[(earlier[same] != rows[same].iloc[0]).any(axis=1)], rows])
+    print(rows.to_string(index=False), flush=True)
+    write_table("record", rows, f"record.py | {describe_machine(lm)}", "%.4g")
 
 
 def time_methods(lm: LM, pairs: int, keys: str, folder: Path) -> Iterator[dict[str, Any]]:
