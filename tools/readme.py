@@ -84,7 +84,7 @@ def _expect() -> list[dict[str, str]]:
     calls = [r for r in _rows("record") if r["method"] == "find_scaling" and r["model"] != "smollm2-135m"]
     for r in {(r["model"], r["keys"]): r for r in calls}.values():  # the last call of each, with the most steps
         points = [r[n] for n in ("points", "low", "high")]
-        task, model = f"kv-{r['keys']}-{r['pairs']}", {"gemma3-270m": "Gemma 3 270M"}[r["model"]]
+        task, model = f"kv-{r['keys']}-{r['pairs']}", {"gemma3-270m": "Gemma 3 270M"}.get(r["model"], r["model"])
         row = _expected(task, r["no scaling"], r["accuracy"], points, r["perplexity %"], 60 * r["minutes"])
         rows.append(row | {"model": model})
     return rows

@@ -37,12 +37,7 @@ from lrs_utils.searchers.learned import SPACES, refuse_space
 from lrs_utils.tasks import Suite, long_texts
 
 AUTO = ("heads", "head_gains")  # the first that a family can have: what gains most (data/results/spaces.csv)
-_RATES = {
-    "both": 0.1,
-    "factors": 0.1,
-    "pi_factors": 0.05,
-    "temperatures": 0.1,
-}  # for layers; the numbers of heads use 0.05
+_RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # others, heads' and "pi" factors, use 0.05
 
 
 def find_scaling(
