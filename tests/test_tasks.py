@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from lrs_utils.tasks import (
+    GENERAL,
     Probe,
     Question,
     Suite,
+    copying,
     files,
     kv_gold_moved,
     kv_official,
@@ -21,6 +23,7 @@ from lrs_utils.tasks import (
     lines_retrieval,
     passkey,
     positions_at,
+    vary_size,
 )
 from lrs_utils.tasks.kv import kv_probe
 
@@ -365,3 +368,38 @@ def test_a_passkey_stands_at_its_depth():
         passkey(depths=(0, 2))
     with pytest.raises(ValueError, match="n_fillers is 0"):
         passkey(0)
+
+
+def test_copying_asks_for_what_followed_a_cue_that_stands_once_in_each_stretch():
+    suite = copying(60, 3, seed=1, n_questions=5)
+    assert suite == copying(**suite.recipe)
+    assert copying(60, 4, seed=1, n_questions=5).probes[:3] == suite.probes
+    assert not {p.context for p in copying(60, 3, seed=2).probes} & {p.context for p in suite.probes}
+    for probe in suite.probes:
+        words = probe.context.split()
+        assert len({*words}) == len(words) == 60
+        for stretch, question in enumerate(probe.questions):
+            assert probe.context.count(question.prompt) == 1
+            assert question.prompt + question.answer in probe.context
+            assert len(question.prompt.split()) == len(question.answer.split()) == 3
+            assert stretch * 11 <= question.position <= stretch * 11 + 10
+            assert question.position == words.index(question.prompt.split()[0])
+    with pytest.raises(ValueError, match="n_words is 10"):
+        copying(10)
+
+
+def test_sizes_vary_from_context_to_context_and_contexts_stay_those_of_their_size():
+    task = vary_size(functools.partial(kv_retrieval, keys="short"), (3, 5))
+    suite = task(n_contexts=5, seed=7)
+    assert suite.name == "kv-short-3/5"
+    assert [probe.n_items for probe in suite.probes] == [3, 5, 3, 5, 3]
+    assert suite.probes[3] == kv_retrieval(5, 5, 7, keys="short").probes[3]
+    assert suite.asked.sum() == 19
+    assert task(n_contexts=2, seed=7).probes == suite.probes[:2]
+
+
+def test_the_general_tasks_make_suites_of_their_sizes():
+    for name in ("uuid", "short", "lines", "copying"):  # documents are fetched
+        sizes = [len(probe.context) for probe in GENERAL[name](n_contexts=4, seed=0).probes]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] > 3 * sizes[0]

@@ -266,6 +266,19 @@ def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: in
     return float(found.pvalue)
 
 
+def paired_change(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
+    """What changes on the same contexts: "change" with its bootstrap interval "low" to "high", and "p".
+
+    Parameters
+    ----------
+    before, after : arrays, shape (contexts,)
+        At least two contexts.
+    """
+    interval = bootstrap_mean(np.asarray(after, float) - np.asarray(before, float))
+    change = dict(zip(("change", "low", "high"), map(float, interval), strict=True))
+    return change | {"p": paired_test(after, before)}
+
+
 def holm(p: ArrayLike) -> NDArray[np.float64]:
     """P-values of several tests, corrected so that p bounds the chance of any false alarm among them (Holm 1979).
 
@@ -304,9 +317,8 @@ def paired_changes(values: pd.DataFrame, baseline: Callable[[Any], Any]) -> pd.D
         after, before = values[[way, baseline(way)]].dropna().to_numpy(float).T
         table.loc[way, "change"] = (after - before).mean()
         if len(after) > 1:
-            interval = map(float, bootstrap_mean(after - before))
-            table.loc[way, ["change", "low", "high"]] = [*interval]
-            table.loc[way, "p"] = paired_test(after, before)
+            change = paired_change(before, after)
+            table.loc[way, [*change]] = [*change.values()]
     tested = table["p"].notna()
     table.loc[tested, "p"] = holm(table.loc[tested, "p"])
     return table

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lrs_utils.analysis.methods import COLOURS
-from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions, paired_test, utilisation
+from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions, paired_change, utilisation
 from lrs_utils.models.load import LM
 from lrs_utils.progress import no_progress_bars
 from lrs_utils.scaling.base import Scaling
@@ -239,17 +239,13 @@ def _compare_task(before: Outcomes, after: Outcomes) -> list[dict[str, Any]]:
 
 def _compare(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
     row = _make_row(name, float(before.mean()), float(after.mean()))
-    if len(before) > 1:
-        interval = bootstrap_mean(after - before)
-        row |= {"low": float(interval.low), "high": float(interval.high), "p": paired_test(after, before)}
-    return row
+    return row | (paired_change(before, after) if len(before) > 1 else {}) | {"change": row["change"]}
 
 
 def _compare_perplexity(name: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, Any]:
-    change, perplexity = bootstrap_mean(after - before), float(np.exp(before.mean()))
-    low, high = (float(perplexity * np.expm1(end)) for end in (change.low, change.high))
-    row = _make_row(name, perplexity, float(np.exp(after.mean())))
-    return row | {"low": low, "high": high, "p": paired_test(after, before)}
+    change, perplexity = paired_change(before, after), float(np.exp(before.mean()))
+    ends = {end: float(perplexity * np.expm1(change[end])) for end in ("low", "high")}
+    return _make_row(name, perplexity, float(np.exp(after.mean()))) | ends | {"p": change["p"]}
 
 
 def _make_row(measure: str, before: float, after: float) -> dict[str, Any]:

@@ -5,7 +5,9 @@ the cache, or read from your files. `scoring` asks it.
 """
 
 from lrs_utils.tasks.chat import in_chat
+from lrs_utils.tasks.copying import copying
 from lrs_utils.tasks.factbook import capitals
+from lrs_utils.tasks.general import GENERAL, vary_size
 from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
 from lrs_utils.tasks.long_text import continuations, long_texts
@@ -15,12 +17,14 @@ from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite, positions_at
 
 __all__ = [
+    "GENERAL",
     "SHOP",
     "Probe",
     "Question",
     "Suite",
     "capitals",
     "continuations",
+    "copying",
     "from_jsonl",
     "in_chat",
     "kv_gold_moved",
@@ -32,4 +36,5 @@ __all__ = [
     "mdqa_gold_moved",
     "passkey",
     "positions_at",
+    "vary_size",
 ]
