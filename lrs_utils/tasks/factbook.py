@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 import zipfile
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -80,6 +81,66 @@ def capitals(n_contexts: int = 100, seed: int = 0, *, n_options: int = 4) -> Sui
     return Suite(f"capitals-{n_options}", tuple(probes), recipe)
 
 
+def country_pages(n_contexts: int = 40, seed: int = 0, *, n_words: int = 2200, n_questions: int = 10) -> Suite:
+    """Whole pages as the Factbook has them, their own fields asked where they stand: real text, not made for a test.
+
+    Parameters
+    ----------
+    n_contexts : int
+        Pages, drawn without replacement from those that are short enough.
+    n_words : int
+        In a page at most (about 2.2 tokens each); longer ones are left out, none is cut.
+    n_questions : int
+        Fields asked for: one in each of so many stretches of the page, where it has one whose value is short and
+        stands there only.
+
+    Raises
+    ------
+    ValueError
+        There are fewer such pages than `n_contexts`.
+    """
+    pages = [(_name(entry), list(_fields(entry))) for entry in _entries()]
+    pages = [(name, fields) for name, fields in pages if name and len(_page(name, fields).split()) <= n_words]
+    if not 1 <= n_contexts <= len(pages):
+        raise ValueError(f"n_contexts is {n_contexts}; there are 1 to {len(pages)} pages of {n_words:,} words at most")
+    probes = []
+    for context, i in enumerate(np.random.default_rng([seed, 6]).permutation(len(pages))[:n_contexts]):
+        name, fields = pages[i]
+        rng, text = np.random.default_rng([seed, context, 6]), _page(name, fields)
+        questions = []
+        for stretch in np.array_split(np.arange(len(fields)), n_questions):
+            askable = [at for at in stretch.tolist() if _short_value(fields[at][1], text)]
+            if askable:
+                at = int(rng.choice(askable))
+                field = _label(fields[at][0])
+                questions.append(Question(f"{name}, {field}:", "", f" {_short_value(fields[at][1], text)}", at))
+        if len(questions) > 1:
+            probes.append(Probe(f"{text}\n\nIn short, the page says:\n", tuple(questions), len(fields)))
+    recipe = {"n_contexts": n_contexts, "seed": seed, "n_words": n_words, "n_questions": n_questions}
+    return Suite("country-pages", tuple(probes), recipe)
+
+
+def _page(name: str, fields: Sequence[tuple[tuple[str, ...], str]]) -> str:
+    """The text of a page: sections with a heading each, a line for each field."""
+    lines, section = [name], ""
+    for path, value in fields:
+        if path[0] != section:
+            section = path[0]
+            lines.append(f"\n{section}")
+        lines.append(f"{_label(path)}: {value}")
+    return "\n".join(lines)
+
+
+def _label(path: Sequence[str]) -> str:
+    return ", ".join(path[1:]) or path[0]
+
+
+def _short_value(value: str, page: str) -> str:
+    """What a field says before its remarks, if that is short and stands on the page only once; else nothing."""
+    said = re.split(r" \(|; ", value)[0].strip()
+    return said if 4 <= len(said) <= 40 and page.count(said) == 1 else ""
+
+
 def factbook_text() -> str:
     """All passages of the factbook, one after the other: 20,000 words of plain prose."""
     return "\n\n".join(dict.fromkeys(item.gold.text for item in factbook_items()))
@@ -89,12 +150,8 @@ def factbook_text() -> str:
 def factbook_items() -> list[Item]:
     """Questions on countries, each with a passage of facts and history."""
     items = []
-    with zipfile.ZipFile(package_file(*_PACKAGE)) as wheel:
-        entries = [json.loads(wheel.read(name)) for name in sorted(wheel.namelist()) if name.endswith(".json")]
-    for number, entry in enumerate(entries):
-        country = _field(entry, "Government/Country name/conventional short form")
-        if country in ("", "none"):
-            country = _field(entry, "Government/Country name/conventional long form")
+    for number, entry in enumerate(_entries()):
+        country = _name(entry)
         matches = {fact: re.search(fact.form, _field(entry, fact.field)) for fact in _FACTS}
         found = {
             fact: m[1].strip()
@@ -118,11 +175,34 @@ def factbook_items() -> list[Item]:
     return items
 
 
+@cache
+def _entries() -> list[Any]:
+    with zipfile.ZipFile(package_file(*_PACKAGE)) as wheel:
+        return [json.loads(wheel.read(name)) for name in sorted(wheel.namelist()) if name.endswith(".json")]
+
+
+def _name(entry: Any) -> str:
+    country = _field(entry, "Government/Country name/conventional short form")
+    return country if country not in ("", "none") else _field(entry, "Government/Country name/conventional long form")
+
+
 def _field(entry: Any, path: str) -> str:
     for name in (*path.split("/"), "text"):
         entry = entry.get(name) if isinstance(entry, dict) else None
-    text = html.unescape(re.sub(r"<[^>]+>", " ", entry or ""))
-    return " ".join(text.split())
+    return _plain(entry or "")
+
+
+def _fields(entry: Any, *path: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """All fields of an entry that hold text, by their path, in the page's order."""
+    for name, value in entry.items():
+        if name == "text" and path and isinstance(value, str) and _plain(value):
+            yield path, _plain(value)
+        elif isinstance(value, dict):
+            yield from _fields(value, *path, name.strip())
+
+
+def _plain(text: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
 
 
 def _opening(text: str, n_words: int) -> str:
