@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,16 @@ from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.packing import Layout, pack_text
 
 
+def window_nll(lm: LM, text: str, lengths: Sequence[int], **options: Any) -> NDArray[np.float64]:
+    """`token_nll`, averaged over the tokens of a stretch: shape (lengths, windows).
+
+    Perplexity is `np.exp(window_nll(...).mean(axis=1))`.
+    """
+    return token_nll(lm, text, lengths, **options)[0].mean(axis=2)
+
+
 @torch.inference_mode()
-def window_nll(
+def token_nll(
     lm: LM,
     text: str,
     lengths: Sequence[int],
@@ -30,11 +39,11 @@ def window_nll(
     first_end: int | None = None,
     scaling: Scaling | None = None,
     extrapolate: bool = False,
-) -> NDArray[np.float64]:
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """How well a model predicts stretches of a text from a given number of tokens before them.
 
     Every length is measured on the same stretches of `stride` tokens, each at the end of a window of that length, so
-    that lengths and scalings can be compared stretch by stretch. Perplexity is `np.exp(nll.mean(axis=1))`.
+    that lengths and scalings can be compared token by token.
 
     Parameters
     ----------
@@ -50,8 +59,10 @@ def window_nll(
 
     Returns
     -------
-    float array, shape (lengths, windows)
-        Mean negative log-likelihood of a stretch, in nats a token.
+    nll : float array, shape (lengths, windows, stride)
+        Negative log-likelihood of each token, in nats.
+    ids : int array, shape (windows, longest length)
+        The tokens of each window; its stretch is at the end.
 
     Raises
     ------
@@ -82,11 +93,11 @@ def window_nll(
         ends = ends[np.linspace(0, len(ends) - 1, n_windows).round().astype(int)]
     scaling.refuse_misfit(lm.model)
     refuse_unscorable(lm)
-    nll = np.zeros((len(lengths), len(ends)))
+    nll = np.zeros((len(lengths), len(ends), stride))
     settings = scaling.settings
     with (
         PackedForward(lm, scaled=not scaling.is_identity) as forward,
-        Progress(nll.size, "perplexity").shown() as bar,
+        Progress(len(lengths) * len(ends), "perplexity").shown() as bar,
     ):
         for row, length in enumerate(lengths):
             for column, end in enumerate(ends):
@@ -95,9 +106,10 @@ def window_nll(
                 for layer, setting in enumerate(settings):
                     hidden = forward.run(layer, hidden, [setting])
                 logits = forward.logits(hidden[0, layout.predicted_at]).float()
-                nll[row, column] = F.cross_entropy(logits, layout.targets).item()
+                nll[row, column] = F.cross_entropy(logits, layout.targets, reduction="none").cpu().numpy()
                 bar.advance(1)
-    return nll
+    longest = max(lengths)
+    return nll, np.stack([ids[end - longest : end].numpy() for end in ends])
 
 
 @lru_cache(maxsize=16)
