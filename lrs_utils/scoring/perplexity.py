@@ -25,7 +25,8 @@ def window_nll(lm: LM, text: str, lengths: Sequence[int], **options: Any) -> NDA
 
     Perplexity is `np.exp(window_nll(...).mean(axis=1))`.
     """
-    return token_nll(lm, text, lengths, **options)[0].mean(axis=2)
+    nll, _ = token_nll(lm, text, lengths, **options)
+    return np.asarray(nll.mean(axis=2))
 
 
 @torch.inference_mode()

@@ -6,11 +6,12 @@ the cache, or read from your files. `scoring` asks it.
 
 from lrs_utils.tasks.chat import in_chat
 from lrs_utils.tasks.copying import copying
-from lrs_utils.tasks.factbook import capitals
+from lrs_utils.tasks.factbook import capitals, country_pages
 from lrs_utils.tasks.general import GENERAL, vary_size
 from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
 from lrs_utils.tasks.long_text import continuations, long_texts
+from lrs_utils.tasks.manual import references
 from lrs_utils.tasks.mdqa import mdqa, mdqa_gold_moved
 from lrs_utils.tasks.own import SHOP, from_jsonl
 from lrs_utils.tasks.passkey import passkey
@@ -25,6 +26,7 @@ __all__ = [
     "capitals",
     "continuations",
     "copying",
+    "country_pages",
     "from_jsonl",
     "in_chat",
     "kv_gold_moved",
@@ -36,5 +38,6 @@ __all__ = [
     "mdqa_gold_moved",
     "passkey",
     "positions_at",
+    "references",
     "vary_size",
 ]

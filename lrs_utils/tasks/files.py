@@ -1,7 +1,10 @@
 """Data files: where they come from, and reading them line by line with errors that say where."""
 
 import gzip
+import io
 import json
+import lzma
+import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +41,30 @@ def official_file(name: str, folder: str | Path | None = None) -> Path:
     url = f"{_BASE}{'kv_retrieval_data' if name.startswith('kv') else 'qa_data'}/{name}"
     path = cache_folder() / "lost-in-the-middle" / name
     return fetch_once(path, url, _OFFICIAL[name], f"fetch {url} yourself and give its folder")
+
+
+def debian_file(package: str, sha256: str, member: str) -> bytes:
+    """A file out of a Debian package as a carrier of data: fetched once and checked, never installed.
+
+    Parameters
+    ----------
+    package : str
+        Its place below https://deb.debian.org/debian/pool/main/.
+    member : str
+        Path in the package.
+    """
+    url = f"https://deb.debian.org/debian/pool/main/{package}"
+    path = cache_folder() / "packages" / url.rpartition("/")[2]
+    fetch_once(path, url, sha256, f"fetch {url} yourself and put it into {path.parent}")
+    content, at = path.read_bytes(), 8  # an `ar` archive: a signature, then headers of 60 bytes with a file each
+    while not content[at:].startswith(b"data.tar.xz"):
+        size = int(content[at + 48 : at + 58])
+        at += 60 + size + size % 2
+    size = int(content[at + 48 : at + 58])
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(content[at + 60 : at + 60 + size]))) as archive:
+        file = archive.extractfile(f"./{member}")
+        assert file is not None
+        return file.read()
 
 
 def read_lines(path: str | Path, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:

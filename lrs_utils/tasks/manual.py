@@ -6,22 +6,20 @@ words that lead to the reference, so that the same references can be asked for a
 """
 
 import gzip
-import io
-import lzma
 import re
-import tarfile
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from lrs_utils.arguments import whole
-from lrs_utils.models.download import cache_folder, fetch_once
+from lrs_utils.tasks.files import debian_file
 from lrs_utils.tasks.suite import Probe, Question, Suite
 
-_URL = "https://deb.debian.org/debian/pool/main/d/debian-reference/debian-reference-en_2.100_all.deb"
-_SHA256 = "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f"
-_MEMBER = "./usr/share/debian-reference/debian-reference.en.txt.gz"
+_PACKAGE = (
+    "d/debian-reference/debian-reference-en_2.100_all.deb",
+    "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f",
+    "usr/share/debian-reference/debian-reference.en.txt.gz",
+)
 _REFERENCE = re.compile(r'\bSection ([\d.]+), ["“]([^"”]{3,60})["”]')
 _TARGET_WORDS = 80  # of the section that is referred to, its heading included
 
@@ -66,7 +64,7 @@ def _manual() -> tuple[list[str], list[tuple[str, str, int, int]]]:
 
     Both places are numbers of words.
     """
-    text = " ".join(_read_package(_fetch()).replace("\xa0", " ").split())
+    text = " ".join(gzip.decompress(debian_file(*_PACKAGE)).decode().replace("\xa0", " ").split())
     body = text.rindex("1.1. Console basics")  # behind the list of contents
     found: dict[str, tuple[str, str, int, int]] = {}
     for match in _REFERENCE.finditer(text):
@@ -75,23 +73,3 @@ def _manual() -> tuple[list[str], list[tuple[str, str, int, int]]]:
         if target >= 0 and number not in found:
             found[number] = (title, number, len(text[:target].split()), len(text[: match.start()].split()))
     return text.split(), list(found.values())
-
-
-def _fetch() -> Path:
-    path = cache_folder() / "packages" / _URL.rpartition("/")[2]
-    return fetch_once(path, _URL, _SHA256, f"fetch {_URL} yourself and put it into {path.parent}")
-
-
-def _read_package(path: Path) -> str:
-    """The manual's text out of a Debian package: an `ar` archive of a tar archive."""
-    content, at = path.read_bytes(), 8  # behind the archive's signature
-    while at < len(content):
-        name, size = content[at : at + 16].decode().strip(), int(content[at + 48 : at + 58])
-        if name.startswith("data.tar"):
-            data = lzma.decompress(content[at + 60 : at + 60 + size])
-            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-                file = archive.extractfile(_MEMBER)
-                assert file is not None
-                return gzip.decompress(file.read()).decode()
-        at += 60 + size + size % 2
-    raise ValueError(f"{path} holds no data; delete it to fetch it again")
