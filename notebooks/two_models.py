@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lrs_utils import LM, GeneticSearch, HeadScaling, LayerScaling, Ledger, find_scaling, score, search, tasks
+from lrs_utils import LM, GeneticSearch, LayerScaling, Ledger, find_scaling, score, search, tasks
 from lrs_utils.analysis.attention import attention, induction_scores
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_test
 from lrs_utils.finding.parts import divide
 from lrs_utils.finding.recipe import default_texts
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.files import read_key
 from lrs_utils.searchers.objectives import utilisation_then_nll
 
 # What the gradient learns, by the name that a reader sees.
@@ -171,11 +172,6 @@ class Trial:
 
 def _find(method: str, find: Callable[[int], pd.DataFrame], seed: int) -> pd.DataFrame:
     return find(seed).assign(method=method, seed=seed)
-
-
-def read_key(key: str) -> Scaling:
-    """The scaling that a key is of."""
-    return HeadScaling.from_key(key) if ";" in key else LayerScaling.from_key(key)
 
 
 def correct(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

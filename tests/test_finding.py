@@ -722,7 +722,7 @@ def test_a_folder_of_a_users_model_is_searched_in_its_precision(find, tmp_path, 
 
 def test_without_a_task_the_general_ones_are_searched(tiny, tmp_path, monkeypatch):
     words = partial(tasks.copying, n_questions=3)
-    monkeypatch.setattr(recipe, "GENERAL", {"keys": KV, "copying": tasks.vary_size(words, (20, 30))})
+    monkeypatch.setattr(recipe, "general_tasks", lambda: {"keys": KV, "copying": tasks.vary_size(words, (20, 30))})
     found = find_scaling(tiny, ledger=Ledger(tmp_path / "ledger.sqlite"), **SMALL)
     assert [suite.name for suite in found.judged.tasks] == ["kv-short-3", "copying-20/30"]
     assert {"kv-short-3", "copying-20/30"} <= {*found.table["task"]}

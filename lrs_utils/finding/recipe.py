@@ -34,7 +34,7 @@ from lrs_utils.scaling.fold import can_fold_temperatures
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.learned import SPACES, refuse_space
-from lrs_utils.tasks import GENERAL, Suite, long_texts
+from lrs_utils.tasks import Suite, general_tasks, long_texts
 
 AUTO = ("heads", "head_gains")  # the first that a family can have: what gains most (data/results/spaces.csv)
 _RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # others, heads' and "pi" factors, use 0.05
@@ -64,7 +64,7 @@ def find_scaling(
     Parameters
     ----------
     task : function, Suite, path of a JSON-lines file, or a sequence of them
-        What the model should get right. "general", the default, is the five tasks of `tasks.GENERAL`, of 200 to 1,500
+        What the model should get right. "general", the default, is all of `tasks.general_tasks`, of 200 to 1,500
         tokens: for a scaling that helps beyond one task and length. A function of `n_contexts` and `seed` makes suites:
         `partial(tasks.kv_retrieval, 40, keys="short")`. A suite, or your own file (`tasks.from_jsonl`), is divided into
         search, validation and test contexts.
@@ -112,7 +112,7 @@ def find_scaling(
         whole(name, value, least=least)
     started = time.monotonic()
     if task == "general":
-        task = list(GENERAL.values())
+        task = list(general_tasks().values())
     given = [task] if isinstance(task, str | Path | Suite) or callable(task) else list(task)
     vary = _choose_space(lm, space)
     ledger = Ledger(cache_folder() / "ledger.sqlite") if ledger is None else ledger

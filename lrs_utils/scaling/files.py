@@ -119,3 +119,8 @@ def _layers(content: Mapping[str, Any]) -> LayerScaling:
             *numbers, extension=content.get("extension", 1.0), combine=content.get("combine", COMBINATIONS[0])
         )
     return LayerScaling(*numbers)
+
+
+def read_key(key: str) -> Scaling:
+    """The scaling that computes what a key is of."""
+    return HeadScaling.from_key(key) if ";" in key else LayerScaling.from_key(key)

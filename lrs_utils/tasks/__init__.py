@@ -7,7 +7,7 @@ the cache, or read from your files. `scoring` asks it.
 from lrs_utils.tasks.chat import in_chat
 from lrs_utils.tasks.copying import copying
 from lrs_utils.tasks.factbook import capitals, country_pages
-from lrs_utils.tasks.general import GENERAL, vary_size
+from lrs_utils.tasks.general import general_tasks, vary_size
 from lrs_utils.tasks.kv import kv_gold_moved, kv_official, kv_retrieval
 from lrs_utils.tasks.lines import lines_retrieval
 from lrs_utils.tasks.long_text import continuations, long_texts
@@ -18,7 +18,6 @@ from lrs_utils.tasks.passkey import passkey
 from lrs_utils.tasks.suite import Probe, Question, Suite, positions_at
 
 __all__ = [
-    "GENERAL",
     "SHOP",
     "Probe",
     "Question",
@@ -28,6 +27,7 @@ __all__ = [
     "copying",
     "country_pages",
     "from_jsonl",
+    "general_tasks",
     "in_chat",
     "kv_gold_moved",
     "kv_official",

@@ -1,0 +1,198 @@
+"""What a scaling is searched on, and where it then helps: tasks alone, all together, all but one; real text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from lrs_utils import LM, LayerScaling, Ledger, find_scaling, score, tasks
+from lrs_utils.analysis.statistics import by_fifth, holm, paired_change
+from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.files import read_key
+from lrs_utils.scoring.answers import generate_answers
+from lrs_utils.searchers.gradient import nll_gradient
+from lrs_utils.searchers.learned import SPACES
+from lrs_utils.tasks.general import MAKERS
+from lrs_utils.tasks.judging import best_subspan_em, judged
+
+KEYS = ("uuid", "short")  # the same prompt, so left out together too
+_SEED = 40_000  # of the contexts that everything is judged on
+_CAPITALS = "capitals, closed book"
+
+
+def list_objectives(names: Sequence[str]) -> dict[str, list[str]]:
+    """Objectives by name, and the tasks of each: all, each alone, all but each, all but both kinds of pairs."""
+    alone = {name: [name] for name in names}
+    without = {f"all but {name}": [other for other in names if other != name] for name in names}
+    rest = [name for name in names if name not in KEYS]
+    both = {"all but pairs": rest} if {*KEYS} <= {*names} and rest else {}
+    return {"all": [*names]} | alone | without | both
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each objective is searched: everything but its tasks.
+
+    Attributes
+    ----------
+    sizes : mapping of a task's name to sequence of int
+        Pairs, lines, documents or words of its contexts.
+    options : mapping
+        Of `find_scaling`.
+    """
+
+    lm: LM
+    ledger: Ledger
+    sizes: Mapping[str, Sequence[int]]
+    options: Mapping[str, Any]
+
+    def list_pieces(self, objectives: Mapping[str, Sequence[str]], seeds: int) -> dict[str, Callable[[], pd.DataFrame]]:
+        """Every search, by objective and seed: pieces of a table."""
+        return {
+            f"{name} | {seed}": partial(self.find, name, searched, seed)
+            for name, searched in objectives.items()
+            for seed in range(seeds)
+        }
+
+    def find(self, objective: str, searched: Sequence[str], seed: int) -> pd.DataFrame:
+        """One call of `find_scaling`: its scaling as a key, and what it costs free text."""
+        given = list(tasks.general_tasks({name: self.sizes[name] for name in searched}).values())
+        found = find_scaling(self.lm, given, seed=seed, ledger=self.ledger, **self.options)
+        chosen = found.choices[found.choices["chosen"]] if len(found.choices) else found.choices
+        row = {"objective": objective, "seed": seed, "scaling": found.scaling.key, "dose": chosen["dose"].sum()}
+        for kind in found.about["texts"]:
+            text = found.row("text", f"perplexity, not seen: {kind}")
+            row |= {f"{kind}, {end}": 100 * text[end] / text["no scaling"] for end in ("change", "low", "high")}
+        for kind in ("greedy", "drawn"):
+            row[f"near repeats, {kind}"] = 100 * found.row("free text", f"near repeats, {kind}")["change"]
+        return pd.DataFrame([row | {"minutes": found.row("search", "seconds")["found"] / 60}])
+
+
+def make_tests(
+    sizes: Mapping[str, Sequence[int]], n_contexts: int, *, pages: int, distances: Sequence[int], n_capitals: int
+) -> dict[str, tasks.Suite]:
+    """Held-out contexts: every task at its sizes, asked at ten depths at most; real text; what needs no context.
+
+    Parameters
+    ----------
+    pages : int
+        Whole pages of the Factbook.
+    distances : sequence of int
+        Words between a section of a manual and the reference to it.
+    """
+    found = {}
+    for name, of in sizes.items():
+        for size in of:
+            options = {} if name in ("copying", "documents") else {"positions": _positions(size)}
+            found[f"{name}, {size}"] = MAKERS[name](size, n_contexts=n_contexts, seed=_SEED, **options)
+    found["pages"] = tasks.country_pages(pages, _SEED)
+    for distance in distances:
+        found[f"references, {distance} words"] = tasks.references(distance, min(n_contexts, 30), _SEED)
+    return found | {_CAPITALS: tasks.capitals(n_capitals)}
+
+
+def _positions(n_items: int) -> list[int]:
+    return tasks.positions_at(n_items, [place / 9 for place in range(10)])
+
+
+def judge(
+    lm: LM, keys: Mapping[str, str], tests: Mapping[str, tasks.Suite], answer_tokens: int, ledger: Ledger
+) -> pd.DataFrame:
+    """What scalings change in each test, against no scaling.
+
+    Parameters
+    ----------
+    keys : mapping of a name to the key of a scaling
+
+    Returns
+    -------
+    DataFrame
+        A row for each scaling and test: accuracy with "no scaling" and "found", "points" with "low", "high" and "p" of
+        the permutation test over contexts, corrected over the table (Holm), the change "by fifth" of depth, and the
+        change of the answers' "nll".
+    """
+    rows = []
+    for test, suite in tests.items():
+        before, nll = read_answers(lm, suite, LayerScaling.identity(lm.num_layers), answer_tokens, ledger)
+        for name, key in keys.items():
+            after, nll_after = read_answers(lm, suite, read_key(key), answer_tokens, ledger)
+            row = {"objective": name, "test": test, "no scaling": before.mean(), "found": after.mean()}
+            change = paired_change(100 * _mean(before), 100 * _mean(after))
+            row |= {"points": change.pop("change")} | change | {"nll": float(np.nanmean(nll_after - nll))}
+            if before.shape[1] > 1:
+                changes = by_fifth(after, suite.depths) - by_fifth(before, suite.depths)
+                there = ~np.isnan(changes).all(axis=0)
+                row["by fifth"] = " ".join(f"{100 * c:+.0f}" for c in np.nanmean(changes[:, there], axis=0))
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.assign(p=holm(table["p"]))
+
+
+def _mean(exact: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.nanmean(exact, axis=1))
+
+
+def read_answers(
+    lm: LM, suite: tasks.Suite, scaling: Scaling, answer_tokens: int, ledger: Ledger
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Verdicts and nll, shape (contexts, questions), nan where nothing is asked.
+
+    Documents are judged on free text, as their paper does, and have no nll; of capitals the likeliest option is taken.
+    """
+    if suite.name.startswith("mdqa"):
+        # a base model has no chat template, and is asked as it is
+        asked = tasks.in_chat(suite, lm.tokenizer) if lm.tokenizer.chat_template else suite
+        texts = generate_answers(lm, asked, scaling, max_new_tokens=answer_tokens, ledger=ledger)
+        return judged(asked, texts, best_subspan_em).astype(float), np.zeros(suite.asked.shape)
+    outcomes = score(lm, suite, [scaling], ledger=ledger)
+    nll = np.array(outcomes.nll[0], float)
+    if suite.name.startswith("capitals"):  # the options are its questions, the right one first
+        return np.array(nll.argmin(axis=1) == 0, float)[:, None], nll[:, :1]
+    return np.where(suite.asked, outcomes.exact[0], np.nan), nll
+
+
+def draw_gains(table: pd.DataFrame, ax: Axes) -> None:
+    """A map of objectives and tests: points gained; what chance explains is left without its number."""
+    gains = table.pivot_table(index="objective", columns="test", values="points", sort=False)
+    sure = table.assign(sure=(table["low"] > 0) | (table["high"] < 0))
+    sure = sure.pivot_table(index="objective", columns="test", values="sure", sort=False).astype(bool)
+    shown = gains.round().astype(int).astype(str).where(sure, "")
+    limit = float(np.abs(gains.to_numpy()).max())
+    sns.heatmap(
+        gains, annot=shown, fmt="", cmap="vlag_r", vmin=-limit, vmax=limit, ax=ax, cbar=False, annot_kws={"size": 8}
+    )
+    ax.set(xlabel="", ylabel="searched on")
+
+
+def measure_angles(
+    lm: LM, made: Mapping[str, Callable[..., tasks.Suite]], space: str, n_contexts: int, seed: int, ledger: Ledger
+) -> pd.DataFrame:
+    """How far tasks pull in the same direction: the cosine between their gradients at no scaling.
+
+    Returns
+    -------
+    DataFrame
+        A row for each pair of tasks and layer: "a", "b", "layer" (-1: all together), "cosine".
+    """
+    scaling, gradients = LayerScaling.uniform(1.0, lm.num_layers, "ntk"), {}
+    for name, make in made.items():
+        probes = make(n_contexts=n_contexts, seed=_SEED + seed).probes
+        found = [nll_gradient(lm, probe, scaling, SPACES[space], ledger=ledger) for probe in probes]
+        gradients[name] = np.mean([gradient for _, gradient in found], axis=0)
+    rows = []
+    for a, b in combinations(gradients, 2):
+        x, y = gradients[a], gradients[b]
+        rows.append({"a": a, "b": b, "layer": -1, "cosine": _cosine(x.ravel(), y.ravel())})
+        rows += [{"a": a, "b": b, "layer": at, "cosine": _cosine(x[:, at], y[:, at])} for at in range(x.shape[1])]
+    return pd.DataFrame(rows)
+
+
+def _cosine(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(x @ y) / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-12)

@@ -1,0 +1,95 @@
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import objectives
+import pytest
+from objectives import Search, draw_gains, judge, list_objectives, make_tests, measure_angles, read_answers
+
+from lrs_utils import HeadScaling, LayerScaling, Ledger, score, tasks
+from lrs_utils.finding import free_text
+from lrs_utils.finding import parts as dividing
+
+SIZES = {"uuid": [2], "short": [3, 4], "copying": [20]}
+TEXTS = {name: " ".join(f"{name}{i % 50}" for i in range(200)) for name in ("book", "facts")}
+
+
+def test_objectives_leave_out_what_their_names_say():
+    names = ["uuid", "short", "lines", "copying"]
+    for name, searched in list_objectives(names).items():
+        left_out = {*names} - {*searched}
+        if name == "all":
+            assert not left_out
+        elif name == "all but pairs":
+            assert left_out == {"uuid", "short"}
+        elif name.startswith("all but "):
+            assert left_out == {name.removeprefix("all but ")}
+        else:
+            assert searched == [name]
+    assert "all but pairs" not in list_objectives(["uuid", "short"])
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+@pytest.fixture
+def suites(monkeypatch):
+    """Everything that needs no fetched text."""
+    few = tasks.Suite("pages", tasks.copying(30, 3, 1).probes)
+    monkeypatch.setattr(objectives.tasks, "country_pages", lambda n, seed: few)
+    return make_tests(SIZES, 3, pages=2, distances=[], n_capitals=8)
+
+
+def test_every_task_is_tested_at_its_sizes_on_contexts_that_no_search_can_see(suites):
+    assert [*suites] == ["uuid, 2", "short, 3", "short, 4", "copying, 20", "pages", "capitals, closed book"]
+    assert suites["short, 4"] == tasks.kv_retrieval(4, 3, 40_000, keys="short", positions=range(4))
+
+
+def test_a_search_gives_a_row_that_its_scaling_can_be_read_from(tiny, ledger, monkeypatch):
+    monkeypatch.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
+    monkeypatch.setattr(free_text, "OPENINGS", free_text.OPENINGS[:2])
+    options = {"texts": TEXTS, "steps": 2, "contexts": (2, 2, 2), "stretches": 2}
+    search = Search(tiny, ledger, SIZES, options)
+    pieces = search.list_pieces({"all": ["short", "copying"]}, 2)
+    assert [*pieces] == ["all | 0", "all | 1"]
+    [row] = pieces["all | 1"]().to_dict("records")
+    assert (row["objective"], row["seed"]) == ("all", 1)
+    assert objectives.read_key(row["scaling"]).key == row["scaling"]
+    assert np.isfinite([row["book, change"], row["facts, high"], row["near repeats, greedy"]]).all()
+
+
+def test_scalings_are_judged_against_no_scaling_and_corrected_over_all(tiny, ledger, suites):
+    gains = np.ones((tiny.num_layers, 4))
+    gains[0, 0] = 3.0
+    keys = {"all": HeadScaling(gains=gains).key, "nothing": LayerScaling.identity(tiny.num_layers).key}
+    table = judge(tiny, keys, suites, 3, ledger).set_index(["objective", "test"])
+    assert len(table) == 2 * len(suites)
+    assert (table.loc["nothing", "points"] == 0).all()
+    assert (table.loc["nothing", "nll"] == 0).all()
+    exact = score(tiny, suites["short, 3"], [LayerScaling.identity(tiny.num_layers)]).exact
+    assert table.loc[("all", "short, 3"), "no scaling"] == exact.mean()
+    assert abs(table.loc[("all", "short, 3"), "nll"]) > 1e-4
+    _, ax = plt.subplots()
+    draw_gains(table.reset_index(), ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["all", "nothing"]
+    plt.close("all")
+
+
+def test_options_are_known_where_the_right_one_is_likeliest(tiny, ledger, suites):
+    none = LayerScaling.identity(tiny.num_layers)
+    verdicts, nll = read_answers(tiny, suites["capitals, closed book"], none, 3, ledger)
+    [wanted] = score(tiny, suites["capitals, closed book"], [none]).nll
+    assert verdicts[:, 0].tolist() == [float(row[0] == row.min()) for row in wanted]
+    np.testing.assert_allclose(nll[:, 0], wanted[:, 0], rtol=1e-5)
+
+
+def test_angles_between_tasks_are_those_of_their_gradients(tiny, ledger):
+    short = partial(tasks.kv_retrieval, 3, keys="short")
+    made = {"a": short, "same": short, "copying": partial(tasks.copying, 20)}
+    table = measure_angles(tiny, made, "head_gains", 2, 0, ledger).set_index(["a", "b", "layer"])["cosine"]
+    assert table["a", "same", -1] == pytest.approx(1)
+    assert len(table) == 3 * (1 + tiny.num_layers)
+    assert table["a", "copying", 0] == pytest.approx(table["same", "copying", 0])
+    assert -1 <= table["a", "copying", -1] < 0.9999
