@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from lrs_utils import LM, LayerScaling, Ledger, find_scaling, score, tasks
-from lrs_utils.analysis.statistics import by_fifth, holm, paired_change
+from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import read_key
 from lrs_utils.scoring.answers import generate_answers
@@ -76,14 +76,20 @@ class Search:
 
 
 def make_tests(
-    sizes: Mapping[str, Sequence[int]], n_contexts: int, *, pages: int, distances: Sequence[int], n_capitals: int
+    sizes: Mapping[str, Sequence[int]],
+    n_contexts: int,
+    *,
+    pages: int,
+    page_words: int,
+    distances: Sequence[int],
+    n_capitals: int,
 ) -> dict[str, tasks.Suite]:
     """Held-out contexts: every task at its sizes, asked at ten depths at most; real text; what needs no context.
 
     Parameters
     ----------
-    pages : int
-        Whole pages of the Factbook.
+    pages, page_words : int
+        Whole pages of the Factbook, and their longest.
     distances : sequence of int
         Words between a section of a manual and the reference to it.
     """
@@ -92,7 +98,7 @@ def make_tests(
         for size in of:
             options = {} if name in ("copying", "documents") else {"positions": _positions(size)}
             found[f"{name}, {size}"] = MAKERS[name](size, n_contexts=n_contexts, seed=_SEED, **options)
-    found["pages"] = tasks.country_pages(pages, _SEED)
+    found["pages"] = tasks.country_pages(pages, _SEED, n_words=page_words)
     for distance in distances:
         found[f"references, {distance} words"] = tasks.references(distance, min(n_contexts, 30), _SEED)
     return found | {_CAPITALS: tasks.capitals(n_capitals)}
@@ -145,17 +151,25 @@ def read_answers(
     """Verdicts and nll, shape (contexts, questions), nan where nothing is asked.
 
     Documents are judged on free text, as their paper does, and have no nll; of capitals the likeliest option is taken.
+    Contexts may be longer than the window of a small model.
     """
     if suite.name.startswith("mdqa"):
         # a base model has no chat template, and is asked as it is
         asked = tasks.in_chat(suite, lm.tokenizer) if lm.tokenizer.chat_template else suite
-        texts = generate_answers(lm, asked, scaling, max_new_tokens=answer_tokens, ledger=ledger)
+        texts = generate_answers(lm, asked, scaling, max_new_tokens=answer_tokens, ledger=ledger, extrapolate=True)
         return judged(asked, texts, best_subspan_em).astype(float), np.zeros(suite.asked.shape)
-    outcomes = score(lm, suite, [scaling], ledger=ledger)
+    outcomes = score(lm, suite, [scaling], ledger=ledger, extrapolate=True)
     nll = np.array(outcomes.nll[0], float)
     if suite.name.startswith("capitals"):  # the options are its questions, the right one first
         return np.array(nll.argmin(axis=1) == 0, float)[:, None], nll[:, :1]
     return np.where(suite.asked, outcomes.exact[0], np.nan), nll
+
+
+def read_by_fifth(exact: NDArray[np.float64], depths: NDArray[np.float64]) -> Interval:
+    """Accuracy by fifth of depth; each fifth over the contexts that ask there."""
+    fifths = [of[~np.isnan(of)] for of in by_fifth(exact, depths).T]
+    found = [bootstrap_mean(of) if len(of) > 1 else Interval(*[np.array(np.nan)] * 3) for of in fifths]
+    return Interval(*(np.array(ends, float) for ends in zip(*found, strict=True)))
 
 
 def draw_gains(table: pd.DataFrame, ax: Axes) -> None:

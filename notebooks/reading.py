@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from lrs_utils import LM, LayerScaling
+from lrs_utils.analysis.methods import label_ends
 from lrs_utils.analysis.statistics import paired_change
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scoring.perplexity import token_nll
@@ -86,4 +89,22 @@ def compare_by_distance(tokens: pd.DataFrame, edges: Sequence[int]) -> pd.DataFr
         for name in names if len(means) > 1 else []:
             change = paired_change(means["no scaling"], means[name])
             rows.append({"scaling": name, "from": low, "to": high, "tokens": len(some)} | change)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["scaling", "from", "to", "tokens", "change", "low", "high", "p"])
+
+
+def draw_by_distance(table: pd.DataFrame, ax: Axes) -> str:
+    """Changes of nll over distance, a line for each "model" of a table; returns what it shows in words."""
+    ends, said = {}, []
+    colours = dict(zip(table["model"].unique(), sns.color_palette("colorblind"), strict=False))
+    for name, rows in table.groupby("model", sort=False):
+        at = np.sqrt(rows["from"] * rows["to"])
+        errors = [rows["change"] - rows["low"], rows["high"] - rows["change"]]
+        ax.errorbar(at, rows["change"], errors, marker="o", capsize=3, color=colours[name])
+        ends[str(name)] = float(rows["change"].iloc[-1])
+        bins = zip(rows["from"], rows["to"], rows["change"], strict=True)
+        said.append(f"{name}: " + ", ".join(f"{low} to {high} tokens {change:+.2f}" for low, high, change in bins))
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set(xscale="log", xlabel="tokens back to the same token", ylabel="change of nll (nats)")
+    if ends:
+        label_ends(ax, float(np.sqrt(table["from"] * table["to"]).max()), ends, colours)
+    return "; ".join(said)

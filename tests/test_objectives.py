@@ -38,8 +38,8 @@ def ledger(tmp_path):
 def suites(monkeypatch):
     """Everything that needs no fetched text."""
     few = tasks.Suite("pages", tasks.copying(30, 3, 1).probes)
-    monkeypatch.setattr(objectives.tasks, "country_pages", lambda n, seed: few)
-    return make_tests(SIZES, 3, pages=2, distances=[], n_capitals=8)
+    monkeypatch.setattr(objectives.tasks, "country_pages", lambda n, seed, n_words: few)
+    return make_tests(SIZES, 3, pages=2, page_words=9, distances=[], n_capitals=8)
 
 
 def test_every_task_is_tested_at_its_sizes_on_contexts_that_no_search_can_see(suites):
@@ -93,3 +93,12 @@ def test_angles_between_tasks_are_those_of_their_gradients(tiny, ledger):
     assert len(table) == 3 * (1 + tiny.num_layers)
     assert table["a", "copying", 0] == pytest.approx(table["same", "copying", 0])
     assert -1 <= table["a", "copying", -1] < 0.9999
+
+
+def test_fifths_that_few_pages_ask_about_have_no_interval():
+    exact = np.array([[1.0, 0.0], [0.0, np.nan], [1.0, np.nan]])
+    depths = np.array([[0.0, 1.0], [0.0, np.nan], [0.1, np.nan]])
+    found = objectives.read_by_fifth(exact, depths)
+    assert found.mean[0] == pytest.approx(2 / 3)
+    assert np.isnan(found.mean[1:]).all()
+    assert found.low[0] <= found.mean[0] <= found.high[0]

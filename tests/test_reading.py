@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -53,3 +54,14 @@ def test_changes_by_distance_are_of_windows():
     assert len(table) == 1  # one window alone has no interval
     assert table["tokens"].item() == 4
     assert table["change"].item() == pytest.approx(np.mean([-0.5, 0.0, -0.5]))
+
+
+def test_a_figure_says_what_it_draws_also_where_there_is_nothing():
+    table = pd.DataFrame(
+        {"model": "tiny", "from": [100, 200], "to": [200, 400], "change": [-0.5, 0.1], "low": -1.0, "high": 1.0}
+    )
+    _, ax = plt.subplots()
+    assert reading.draw_by_distance(table, ax) == "tiny: 100 to 200 tokens -0.50, 200 to 400 tokens +0.10"
+    assert "tiny" in [text.get_text() for text in ax.texts]
+    assert reading.draw_by_distance(table[:0], ax) == ""
+    plt.close("all")
