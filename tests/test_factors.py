@@ -102,7 +102,10 @@ def test_an_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
         (BEGIN + ', "head_gains": [[2.0]], "factors": [1.0, 2.0], "scheme": "pi"}', r"gains \(1, 1\), layers \(2,\)"),
         (BEGIN + ', "head_gains": [[2.0]], "factors": [0.0], "scheme": "pi"}', r"factors\[0\] is 0"),
         (BEGIN + ', "head_gains": [[2.0]], "factors": [2.0], "scheme": "x"}', "scheme 'x' is unknown"),
-        ('{"format": "lrs-factors", "version": 3, "head_gains": [[2.0]]}', "version 3; this lrs_utils reads version 1"),
+        (
+            '{"format": "lrs-factors", "version": 4, "head_gains": [[2.0]]}',
+            "version 4; this lrs_utils reads versions 1",
+        ),
         ('{"format": "lrs-factors", "head_gains": [[2.0]]}', "version None"),
         ('{"format": "lrs-factors", "version": 1, "scheme": "pi"}', "lacks the field 'factors'"),
         (BEGIN + ', "head_gains": [[2.0]', "is not a factor file: "),

@@ -17,7 +17,7 @@ from lrs_utils.scoring import attention
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers import descent, gradient
 from lrs_utils.searchers.gradient import nll_gradient
-from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of
+from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of, scaling_of
 from lrs_utils.searchers.objectives import mixture
 
 SUITE = tasks.kv_retrieval(2, 3, keys="short")
@@ -51,30 +51,29 @@ HEADS = HeadScaling(
 )
 
 
-def with_numbers(values):
+def with_numbers(values, lm):
     """The scaling of what `numbers_of` gives."""
-    layers = LayerScaling(values["factors"][0], "ntk", values["temperatures"][0])
-    heads = (values[name].T for name in ("head_temperatures", "head_gains"))
-    return HeadScaling(*heads, mlp_gains=values["mlp_gains"][0], layers=layers)
+    return scaling_of(values, HEADS, lm, [])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # without and with a norm of queries
-@pytest.mark.parametrize("name", [*HEAD_NUMBERS, "factors"])
+@pytest.mark.parametrize("name", [*HEAD_NUMBERS, "pair_temperatures", "channel_gains", "factors", "bands_4"])
 def test_the_gradient_by_numbers_of_heads_is_the_slope_of_what_score_measures(family, name):
     lm = load_lm(f"tiny-{family}", dtype="float64", device="cpu")
     suite = tasks.kv_retrieval(2, 1, keys="short")
-    values = numbers_of(HEADS, lm)
-    assert with_numbers(values) == HEADS
+    values = numbers_of(HEADS, lm, [name])
+    assert with_numbers(values, lm).key == HEADS.key
     nll, gradient = nll_gradient(lm, suite.probes[0], HEADS, [name])
     assert nll == pytest.approx(score(lm, suite, [HEADS]).nll.mean(), abs=1e-5)
-    assert gradient.shape == values[name].shape == (4 if name.startswith("head") else 1, 2)
-    h = 2e-4 if name == "factors" else 5e-3  # of a log
+    rows = {"head_temperatures": 4, "head_gains": 4, "pair_temperatures": 16, "channel_gains": 32, "bands_4": 4}
+    assert gradient.shape == values[name].shape == (rows.get(name, 1), 2)
+    h = 2e-4 if name in ("factors", "bands_4") else 5e-3  # of a log
     sides = []
     for index in np.ndindex(values[name].shape):
         for sign in (h, -h):
             moved = values[name].copy()
             moved[index] *= np.exp(sign)
-            sides.append(with_numbers(values | {name: moved}))
+            sides.append(with_numbers(values | {name: moved}, lm))
     up, down = score(lm, suite, sides).nll.mean(axis=(1, 2)).reshape(-1, 2).T
     slopes = ((up - down) / (2 * h)).reshape(gradient.shape)
     np.testing.assert_allclose(gradient, slopes, atol=0.01 * np.abs(slopes).max() + 2e-4)
@@ -218,19 +217,30 @@ def test_what_is_not_varied_stays(tiny):
 
 
 def numbers_changed(scaling, start, lm):
-    before, after = numbers_of(start, lm), numbers_of(scaling, lm)
-    return {name for name in before if not np.array_equal(before[name], after[name])}
+    """Fields of the layers' settings that differ."""
+    pairs = zip(start.settings, scaling.settings, strict=True)
+    changed = {name for one, other in pairs for name in one._fields if getattr(one, name) != getattr(other, name)}
+    return changed - {"scheme"}
 
 
-@pytest.mark.parametrize("vary", SPACES)
+FIELDS = {
+    "factors": "factor", "temperatures": "temperature", "bands_4": "bands", "head_temperatures": "head_temperatures",
+    "pair_temperatures": "head_temperatures", "head_gains": "head_gains", "channel_gains": "head_gains",
+    "mlp_gains": "mlp_gain",
+}  # fmt: skip
+FITTING = [space for space in SPACES if space not in ("bands_8", "bands_32")]  # four frequencies are four bands at most
+
+
+@pytest.mark.parametrize("vary", FITTING)
 @pytest.mark.parametrize("start", [None, HEADS], ids=["no scaling", "scaled"])
 def test_a_space_is_searched_downhill_and_nothing_else_moves(tiny, vary, start):
     if vary == "outputs" and start is not None:
         start = replace(start, gains=[[1.3] * 4, [0.9] * 4])
 
     def ended():
+        rate = 0.004 if vary == "bands_4" else 0.05  # of high frequencies, which turn much when they change a little
         searcher = GradientSearch(
-            tiny, SUITE, start=start, vary=vary, steps=12, rate=0.05, temperature_rate=0.05, every=12
+            tiny, SUITE, start=start, vary=vary, steps=12, rate=rate, temperature_rate=rate, every=12
         )
         first, [last] = searcher.ask()[0], searcher.ask()
         assert searcher.ask() == []
@@ -238,7 +248,7 @@ def test_a_space_is_searched_downhill_and_nothing_else_moves(tiny, vary, start):
 
     first, last, searcher = ended()
     names = {name.removeprefix("=") for name in SPACES[vary]}
-    assert numbers_changed(last, first, tiny) == names
+    assert numbers_changed(last, first, tiny) == {FIELDS[name] for name in names}
     assert first == (LayerScaling.identity(2) if start is None else start)
     before, after = score(tiny, SUITE, [first, last]).nll.mean(axis=(1, 2))
     assert after < before - 0.003
@@ -252,7 +262,12 @@ def test_a_space_is_searched_downhill_and_nothing_else_moves(tiny, vary, start):
         assert all(len(np.unique(values[name])) == values[name].size for name in names & {"head_gains"})
 
 
-@pytest.mark.parametrize("vary", SPACES)
+def test_more_bands_than_frequencies_are_refused(tiny):
+    with pytest.raises(ValueError, match="there are 8 bands, but only 4 frequencies"):
+        GradientSearch(tiny, SUITE, vary="bands_8")
+
+
+@pytest.mark.parametrize("vary", FITTING)
 def test_a_search_begins_at_its_start(tiny, vary):
     searcher = GradientSearch(tiny, SUITE, start=HEADS, vary=vary, steps=2)
     assert searcher.scaling.key == HEADS.key

@@ -124,6 +124,47 @@ def test_a_gain_multiplies_what_its_head_puts_out(lm, ids):
     assert (scaled - logits(lm.model, ids)).abs().max() > 1e-2
 
 
+def test_a_gain_of_a_channel_multiplies_that_channel_of_what_its_head_puts_out(lm, ids):
+    gains = np.random.default_rng(0).uniform(0.4, 2.0, (2, 32))
+    by_hand = copy.deepcopy(lm.model)
+    for layer, row in zip(by_hand.model.layers, gains, strict=True):
+        layer.self_attn.o_proj.weight.data *= torch.tensor(row, dtype=torch.float32)
+    scaled = scaled_logits(lm, HeadScaling(gains=gains), ids)
+    close(scaled, logits(by_hand, ids))
+    close(logits(HeadScaling(gains=gains).fold_into(lm.model), ids), scaled)
+    assert (scaled - logits(lm.model, ids)).abs().max() > 1e-2
+    close(scaled_logits(lm, HeadScaling(gains=np.repeat(GAINS, 8, axis=1)), ids),
+          scaled_logits(lm, HeadScaling(gains=GAINS), ids))  # fmt: skip
+
+
+def test_a_temperature_of_a_pair_multiplies_what_that_pair_adds_to_the_logits(lm, ids):
+    pairs = np.random.default_rng(0).uniform(0.4, 2.0, (2, 16))
+    scaling = HeadScaling(temperatures=pairs)
+    scaled = scaled_logits(lm, scaling, ids)
+    assert (scaled - logits(lm.model, ids)).abs().max() > 1e-2
+    equal = HeadScaling(temperatures=np.repeat(TEMPERATURES, 4, axis=1))
+    close(scaled_logits(lm, equal, ids), scaled_logits(lm, HeadScaling(TEMPERATURES), ids))
+    if any(name in lm.name for name in SHARED_NORM):
+        with pytest.raises(ValueError, match="normalises the queries of all heads by one weight"):
+            scaling.fold_into(lm.model)
+        scaling = HeadScaling(temperatures=np.tile(pairs[:, :4], 4))  # the same in all heads, which one weight can hold
+        scaled = scaled_logits(lm, scaling, ids)
+    close(logits(scaling.fold_into(lm.model), ids), scaled)
+
+
+def test_scalings_of_heads_and_of_channels_are_scored_in_one_call(tiny):
+    wide = HeadScaling(gains=np.random.default_rng(0).uniform(0.4, 2.0, (2, 32)))
+    scalings = [LayerScaling.identity(2), HeadScaling(gains=GAINS), wide, HeadScaling(TEMPERATURES, gains=wide.gains)]
+    together = score(tiny, SUITE, scalings).nll
+    alone = np.concatenate([score(tiny, SUITE, [scaling]).nll for scaling in scalings])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert HeadScaling.from_key(wide.key) == wide
+    with pytest.raises(ValueError, match=r"gains has 12 values a layer but .* has 4 query heads of 8 channels"):
+        HeadScaling(gains=np.full((2, 12), 1.5)).refuse_misfit(tiny.model)
+    with pytest.raises(ValueError, match=r"temperatures has 32 values a layer but .* of 4 pairs of dimensions"):
+        HeadScaling(temperatures=np.full((2, 32), 1.5)).refuse_misfit(tiny.model)
+
+
 def test_a_gain_of_an_mlp_multiplies_what_it_puts_out(lm, ids):
     by_hand = copy.deepcopy(lm.model)
     for layer, gain in zip(by_hand.model.layers, MLP, strict=True):
@@ -378,10 +419,11 @@ def test_a_family_without_the_projection_is_refused_by_name(ids):
 @pytest.mark.parametrize("n_tokens", [1, 3, 4, 7])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("each", [False, True])  # numbers for each token, or for all
-def test_heads_are_found_on_either_axis_of_normed_queries(n_tokens, heads, each):
+@pytest.mark.parametrize("wide", [1, 8])  # of a head, or of each dimension
+def test_heads_are_found_on_either_axis_of_normed_queries(n_tokens, heads, each, wide):
     values = torch.randn(2, n_tokens, heads * 8)
-    by = torch.rand(n_tokens if each else 1, heads) + 0.5
-    expected = (values.view(2, n_tokens, heads, 8) * by[..., None]).flatten(2)
+    by = torch.rand(n_tokens if each else 1, heads, wide) + 0.5
+    expected = (values.view(2, n_tokens, heads, 8) * by).flatten(2)
     torch.testing.assert_close(_times_heads((values,), values, by), expected)
     for axis in (2, 1):  # Qwen 3's layout, then Gemma 3's
         split = values.view(2, n_tokens, heads, 8)
@@ -395,7 +437,7 @@ def test_queries_that_do_not_show_their_heads_are_never_guessed():
     for shape in ((2, 7, 5, 8), (4, 8)):
         queries = torch.randn(shape)
         with pytest.raises(RuntimeError, match="don't show which axis the 4 heads are on"):
-            _times_heads((queries,), queries, torch.ones(1, 4))
+            _times_heads((queries,), queries, torch.ones(1, 4, 1))
 
 
 def test_a_gain_near_one_is_not_lost_in_bfloat16(ids):

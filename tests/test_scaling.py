@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import ExtendedScaling, LayerScaling, load_factors, load_lm, save_factors
 from lrs_utils.scaling.base import Setting
+from lrs_utils.scaling.rope import divide_by_band
 from lrs_utils.scaling.tables import PositionTables
 
 
@@ -45,6 +46,30 @@ def test_identity_is_bit_identical_to_the_bare_model(lm, ids):
     bare = logits(lm.model, ids)
     with LayerScaling.identity(2).applied_to(lm.model):
         assert torch.equal(logits(lm.model, ids), bare)
+
+
+def test_bands_that_agree_are_the_factor_of_their_layer(lm, ids):
+    bands = LayerScaling((1.0, 1.0), bands=[[1.3] * 4, [0.8] * 4])
+    with bands.applied_to(lm.model):
+        divided = lm.model(ids).logits
+    with LayerScaling((1.3, 0.8)).applied_to(lm.model):
+        torch.testing.assert_close(divided, lm.model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert bands.reach == pytest.approx(0.8)
+    assert LayerScaling((1.0, 1.0), bands=np.ones((2, 4))) == LayerScaling.identity(2)
+
+
+def test_a_band_divides_its_own_frequencies(tiny):
+    frequencies = torch.tensor([1.0, 0.5, 0.25, 0.125])
+    assert divide_by_band(frequencies, [2.0, 4.0]).tolist() == [0.5, 0.25, 0.0625, 0.03125]
+    scaling = LayerScaling((1.2, 0.9), "ntk", (1.1, 1.0), [[2.0, 0.5], [1.0, 1.5]])
+    assert LayerScaling.from_key(scaling.key) == scaling
+    assert scaling.at_dose(0.5).bands == ((1.41421, 0.70711), (1.0, 1.22474))
+    with pytest.raises(ValueError, match="there are 5 bands, but only 4 frequencies to divide"):
+        LayerScaling((1.0, 1.0), bands=np.full((2, 5), 1.1)).refuse_misfit(tiny.model)
+    with pytest.raises(ValueError, match=r"bands has 1 rows of \[2\] for 2 layers"):
+        LayerScaling((1.0, 1.0), bands=[[1.0, 2.0]])
+    with pytest.raises(ValueError, match="the factor of layer 0 changes cos and sin"):
+        LayerScaling((1.0, 1.0), bands=[[1.0, 2.0], [1.0, 1.0]]).fold_into(tiny.model)
 
 
 def test_one_layer_scales_that_one_and_refuses_one_that_is_not_there():

@@ -20,6 +20,7 @@ from lrs_utils import Found, LayerScaling, Ledger, find_scaling, load_lm, save_f
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, paired_test
 from lrs_utils.models.download import cache_folder
 from lrs_utils.notebook import ROOT, versions
+from lrs_utils.searchers.learned import count_numbers
 
 TABLE, OUTCOMES = RESULTS / "spaces.csv", RESULTS / "spaces"  # a file of outcomes for each search
 SEARCHED = {
@@ -74,7 +75,12 @@ def main() -> None:
 def _judge(
     lm: Any, found: Found, tested: dict[str, tasks.Suite], searched: str, space: str, seed: int, ledger: Ledger
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"space": space, "searched on": searched, "seed": seed, "numbers": _count(found)}
+    row: dict[str, Any] = {
+        "space": space,
+        "searched on": searched,
+        "seed": seed,
+        "numbers": count_numbers(lm, found.about["space"]),
+    }
     row["dose"] = found.choices["dose"][found.choices["chosen"]].sum() if len(found.choices) else 0.0
     for keys, suite in tested.items():
         scalings = [LayerScaling.identity(lm.num_layers), found.scaling]
@@ -98,12 +104,6 @@ def _judge(
     for kind in ("greedy", "drawn"):
         row[f"near repeats %, {kind}"] = 100 * found.row("free text", f"near repeats, {kind}")["change"]
     return row | {"seconds": found.row("search", "seconds")["found"]}
-
-
-def _count(found: Found) -> int:
-    layers, heads = len(found.scaling.settings), found.lm.model.config.get_text_config().num_attention_heads
-    each = {"both": 2, "outputs": 2, "head_gains": heads, "head_temperatures": heads, "heads": 2 * heads}
-    return int(layers * each.get(found.about["space"], 1))
 
 
 def _write_row(row: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import save_factors
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scaling.products import n_heads
 from lrs_utils.scoring.outcomes import Outcomes
 from lrs_utils.tasks import Suite
 
@@ -28,6 +29,8 @@ FIFTHS = ("first fifth", "second fifth", "middle fifth", "fourth fifth", "last f
 _SPACES = {
     "both": "factors and temperatures of layers", "heads": "head gains and temperatures",
     "outputs": "gains of attention and MLP outputs", "pi_factors": "factors of positions",
+    "layers_and_heads": "numbers of layers and heads", "pair_temperatures": "temperatures of pairs of dimensions",
+    "channel_gains": "gains of channels", **{f"bands_{n}": f"factors of {n} bands" for n in (4, 8, 32)},
     **{name: name.replace("_", " ") for name in ("factors", "temperatures", "head_gains", "head_temperatures")},
 }  # fmt: skip
 _MARKERS = "so^"  # of no scaling, the one found, one more
@@ -103,8 +106,8 @@ class Found:
         text, minutes = self.row("text", "perplexity, not seen"), self.row("search", "seconds")["found"] / 60
         return (
             f"{self.lm.name} gets {' and '.join(gains)}, and the perplexity of text it never saw changes by "
-            f"{100 * (text['found'] / text['no scaling'] - 1):+.1f} %: {_describe_numbers(self.scaling)}, found in "
-            f"{minutes:.1f} minutes."
+            f"{100 * (text['found'] / text['no scaling'] - 1):+.1f} %: {_describe_numbers(self.scaling, self.lm)}, "
+            f"found in {minutes:.1f} minutes."
         )
 
     def row(self, task: str, measure: str) -> dict[str, Any]:
@@ -120,13 +123,13 @@ class Found:
         others : mapping of name to Outcomes, optional
             Outcomes of other scalings on the test contexts (`judged.tasks[0]`), each drawn as a further line.
         """
-        n_maps = max(1, len(_numbers_of_heads(self.scaling)))
+        n_maps = max(1, len(_list_maps(self.scaling, self.lm)))
         ratios = (1.2, *[1] * n_maps)
         figure, (left, *maps) = plt.subplots(1, 1 + n_maps, figsize=(5.2 + 4.3 * n_maps, 3.2), width_ratios=ratios)
         suite, (before, after) = self.judged.tasks[0], (found[0] for found in self.judged.outcomes)
         draw_by_depth({"no scaling": before, "found": after, **(others or {})}, left)
         left.set_title(f"{self.lm.name}, {suite.name}", loc="left")
-        draw_numbers(self.scaling, maps)
+        draw_numbers(self.scaling, self.lm, maps)
         return figure
 
     def save(self, path: str | Path) -> None:
@@ -179,17 +182,17 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="depth of the answer (0 beginning, 1 end)", ylabel="accuracy")
 
 
-def draw_numbers(scaling: Scaling, axes: Sequence[Axes]) -> None:
+def draw_numbers(scaling: Scaling, lm: LM, axes: Sequence[Axes]) -> None:
     """A scaling's numbers: a map of layers and heads for each kind, or factors and temperatures over layers."""
-    if of_heads := _numbers_of_heads(scaling):
-        for ax, (name, numbers) in zip(axes, of_heads.items(), strict=True):
+    if maps := _list_maps(scaling, lm):
+        for ax, ((name, of), numbers) in zip(axes, maps.items(), strict=True):
             values = np.log2(np.array(numbers)).T
             limit = float(np.abs(values).max())
-            bar = {"label": f"log2 of head {name}"}
+            bar = {"label": f"log2 of {of} {name}"}
             sns.heatmap(values, cmap="vlag", vmin=-limit, vmax=limit, ax=ax, cbar_kws=bar, xticklabels=5)
             ax.tick_params(axis="x", rotation=0)
-            ax.set(xlabel="layer", ylabel="head")
-            ax.set_title(f"one {name} per head", loc="left")
+            ax.set(xlabel="layer", ylabel=of)
+            ax.set_title(f"one {name} per {of}", loc="left")
         return
     [ax] = axes
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
@@ -252,20 +255,25 @@ def _make_row(measure: str, before: float, after: float) -> dict[str, Any]:
     return {"measure": measure, "no scaling": before, "found": after, "change": after - before}
 
 
-def _describe_numbers(scaling: Scaling) -> str:
-    parts = [f"{np.size(numbers)} head {name}s" for name, numbers in _numbers_of_heads(scaling).items()]
+def _describe_numbers(scaling: Scaling, lm: LM) -> str:
+    parts = [f"{np.size(numbers):,} {of} {name}s" for (name, of), numbers in _list_maps(scaling, lm).items()]
     if isinstance(scaling, HeadScaling) and scaling.mlp_gains:
         parts.append(f"{len(scaling.mlp_gains)} gains of MLPs")
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
-    if isinstance(layers, LayerScaling):
+    if isinstance(layers, LayerScaling) and ({*layers.factors} != {1.0} or layers.temperatures):
         names = "factors and temperatures" if layers.temperatures else "factors"
         parts.append(f"{len(layers.factors)} {names} of layers")
     return " and ".join(parts)
 
 
-def _numbers_of_heads(scaling: Scaling) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """Gains and temperatures of heads, (layers, heads), by the name of one; those that a scaling has."""
-    if not isinstance(scaling, HeadScaling):
-        return {}
-    given = {"gain": scaling.gains, "temperature": scaling.temperatures}
-    return {name: numbers for name, numbers in given.items() if numbers}
+def _list_maps(scaling: Scaling, lm: LM) -> dict[tuple[str, str], tuple[tuple[float, ...], ...]]:
+    """Numbers of which a layer has several, (layers, numbers), by the name of one and what has it."""
+    found, heads = {}, n_heads(lm.model)
+    if isinstance(scaling, HeadScaling):
+        for name, numbers, of in (("gain", scaling.gains, "channel"), ("temperature", scaling.temperatures, "pair")):
+            if numbers:
+                found[name, "head" if len(numbers[0]) == heads else of] = numbers
+    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
+    if isinstance(layers, LayerScaling) and layers.bands:
+        found["factor", "band"] = layers.bands
+    return found

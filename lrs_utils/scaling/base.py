@@ -23,14 +23,15 @@ class Setting(NamedTuple):
     scheme: str = SCHEMES[0]
     extension: float = 1.0
     combine: str = COMBINATIONS[0]
-    head_temperatures: tuple[float, ...] = ()  # none: 1 for every head
-    head_gains: tuple[float, ...] = ()
+    bands: tuple[float, ...] = ()  # none: 1 for every band
+    head_temperatures: tuple[float, ...] = ()  # none: 1 for every head; or for every pair of its dimensions
+    head_gains: tuple[float, ...] = ()  # none: 1 for every head; or for every channel
     mlp_gain: float = 1.0
 
     @property
     def positions(self) -> "Setting":
         """What cos and sin depend on."""
-        return Setting(*self[:5])
+        return self._replace(head_temperatures=(), head_gains=(), mlp_gain=1.0)
 
 
 UNSCALED = Setting()

@@ -18,7 +18,7 @@ class ExtendedScaling(LayerScaling):
 
     Parameters
     ----------
-    factors, temperatures
+    factors, temperatures, bands
         As in `LayerScaling`; factor 1 leaves a layer with the extension alone.
     scheme : str
         One of `LayerScaling`'s, or "dynamic_ntk", which stretches by what is read (`applied_to`).
@@ -49,6 +49,7 @@ class ExtendedScaling(LayerScaling):
         factors: Sequence[float],
         scheme: str = "pi",
         temperatures: Sequence[float] | None = None,
+        bands: Sequence[Sequence[float]] | None = None,
         *,
         extension: float = 1.0,
         combine: str = COMBINATIONS[0],
@@ -56,7 +57,7 @@ class ExtendedScaling(LayerScaling):
         refuse_unknown("combine", combine, COMBINATIONS)
         if (finite(extension) or 0) < 1:
             raise ValueError(f"extension is {extension!r}; it must be a number from 1 on")
-        super().__init__(factors, scheme, temperatures)
+        super().__init__(factors, scheme, temperatures, bands)
         object.__setattr__(self, "extension", float(extension))
         object.__setattr__(self, "combine", combine)
 
@@ -73,7 +74,7 @@ class ExtendedScaling(LayerScaling):
         scheme, *divided = head.split(" ")
         plain = LayerScaling.from_key(f"{SCHEMES[0]}|{numbers}")
         extension, combine = (float(divided[0][1:]), "divide") if divided else (1.0, COMBINATIONS[0])
-        return cls(plain.factors, scheme, plain.temperatures, extension=extension, combine=combine)
+        return cls(plain.factors, scheme, plain.temperatures, plain.bands, extension=extension, combine=combine)
 
     def _setting(self, factor: float, temperature: float) -> Setting:
         """The simplest setting that computes this layer."""
@@ -86,8 +87,8 @@ class ExtendedScaling(LayerScaling):
 
     @property
     def reach(self) -> float:
-        """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
-        lowest = min(self.factors)
+        """Tokens that may be read, in windows: a factor or band below 1 brings the end of the window nearer."""
+        lowest = super().reach
         if self.scheme != DYNAMIC:
             return self.extension * lowest
         if self.combine == "divide":  # of what is stretched as it is read

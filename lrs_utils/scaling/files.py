@@ -16,9 +16,10 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC
 
-_FORMAT, _VERSIONS = "lrs-factors", (1, 2)  # 2: numbers of heads, which a reader of version 1 would leave out silently
+# 2: numbers of heads, 3: of bands, which a reader of an earlier version would leave out silently
+_FORMAT, _VERSIONS = "lrs-factors", (1, 2, 3)
 _SHIPPED = files("lrs_utils") / "data" / "factors"
-_LAYER_KEYS = {"scheme", "factors", "temperatures", "extension", "combine"}
+_LAYER_KEYS = {"scheme", "factors", "temperatures", "bands", "extension", "combine"}
 _HEAD_KEYS = {"head_temperatures", "head_gains", "mlp_gains"}
 _RESERVED = {"format", "version", *_LAYER_KEYS, *_HEAD_KEYS}
 
@@ -41,6 +42,8 @@ def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
             content |= {"extension": layers.extension, "combine": layers.combine}
         content["factors"] = list(layers.factors)
         content["temperatures"] = None if layers.temperatures is None else list(layers.temperatures)
+        if layers.bands is not None:
+            content |= {"version": 3, "bands": layers.bands}
     if isinstance(scaling, HeadScaling):
         content |= {"head_temperatures": scaling.temperatures, "head_gains": scaling.gains}
         content |= {} if scaling.mlp_gains is None else {"mlp_gains": scaling.mlp_gains}
@@ -71,9 +74,9 @@ def load_factors(path: str | Path, lm: LM | None = None) -> Scaling:
             stacklevel=2,
         )
     try:
-        if content["version"] == 1:
-            return _layers(content)
         heads = {name.removeprefix("head_"): content[name] for name in _HEAD_KEYS if name in content}
+        if not heads and content["version"] != 2:
+            return _layers(content)
         return HeadScaling(**heads, layers=_layers(content) if "factors" in content else None)
     except KeyError as error:
         raise ValueError(f"{path} lacks the field {error}") from error
@@ -97,8 +100,8 @@ def read_factors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not a factor file: it lacks "format": "{_FORMAT}"')
     if content.get("version") not in _VERSIONS:
         raise ValueError(
-            f"{path} has version {content.get('version')!r}; this lrs_utils reads version {_VERSIONS[0]} and "
-            f"{_VERSIONS[1]}"
+            f"{path} has version {content.get('version')!r}; this lrs_utils reads versions "
+            f"{', '.join(map(str, _VERSIONS))}"
         )
     return dict(content)
 
@@ -113,7 +116,7 @@ def _found(path: str | Path) -> Any:
 
 
 def _layers(content: Mapping[str, Any]) -> LayerScaling:
-    numbers = content["factors"], content["scheme"], content.get("temperatures")
+    numbers = content["factors"], content["scheme"], content.get("temperatures"), content.get("bands")
     if {"extension", "combine"} & content.keys() or content["scheme"] == DYNAMIC:
         return ExtendedScaling(
             *numbers, extension=content.get("extension", 1.0), combine=content.get("combine", COMBINATIONS[0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrs_utils.scaling.base import Setting, reachable_decoder
-from lrs_utils.scaling.products import mlp_of, output_of, queries_of
+from lrs_utils.scaling.products import by_head, mlp_of, n_heads, output_of, queries_of
 
 
 def fold_heads(model: PreTrainedModel, settings: Sequence[Setting]) -> PreTrainedModel:
@@ -23,7 +23,7 @@ def fold_heads(model: PreTrainedModel, settings: Sequence[Setting]) -> PreTraine
     plain = copy.deepcopy(model)
     for layer, setting in zip(reachable_decoder(plain).layers, settings, strict=True):
         if setting.head_temperatures:
-            _fold_temperatures(layer, torch.tensor(setting.head_temperatures))
+            _fold_temperatures(layer, by_head(torch.tensor(setting.head_temperatures), n_heads(plain), pairs=True))
         if setting.head_gains:
             output, gains = _linear(output_of(layer)), torch.tensor(setting.head_gains)
             _multiply(output.weight, gains.repeat_interleave(output.in_features // len(gains)))
@@ -50,7 +50,8 @@ def _linear(module: Any) -> nn.Linear:
 
 def _fold_temperatures(layer: nn.Module, temperatures: Tensor) -> None:
     projection, norm = _linear(layer.self_attn.q_proj), queries_of(layer)  # type: ignore[union-attr]
-    rows = temperatures.repeat_interleave(projection.out_features // len(temperatures))
+    of_head = temperatures.expand(-1, projection.out_features // len(temperatures))
+    rows = of_head.flatten()
     if norm is projection:
         _multiply(projection.weight, rows[:, None])
         if projection.bias is not None:
@@ -60,7 +61,7 @@ def _fold_temperatures(layer: nn.Module, temperatures: Tensor) -> None:
     if isinstance(weight, nn.Parameter):
         if weight.numel() == len(rows) and _folds(norm, rows):
             return
-        if len(set(temperatures.tolist())) == 1 and _folds(norm, rows[: weight.numel()]):
+        if bool((of_head == of_head[0]).all()) and _folds(norm, rows[: weight.numel()]):
             return
     raise ValueError(
         f"{type(norm).__name__} normalises the queries of all heads by one weight, so different temperatures don't "

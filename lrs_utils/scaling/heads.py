@@ -18,7 +18,7 @@ from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
 from lrs_utils.scaling.fold import fold_heads
 from lrs_utils.scaling.layers import LayerScaling
-from lrs_utils.scaling.products import heads_multiplied, n_heads, refuse_unreachable_heads
+from lrs_utils.scaling.products import head_dim, heads_multiplied, n_heads, refuse_unreachable_heads
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -29,11 +29,13 @@ class HeadScaling(Scaling):
 
     Parameters
     ----------
-    temperatures : array of float, shape (layers, heads), optional
+    temperatures : array of float, shape (layers, heads) or (layers, heads * d / 2), optional
         t > 0: the attention logits of a head are multiplied by t. All equal within a layer, they are that layer's
-        temperature of a `LayerScaling`.
-    gains : array of float, shape (layers, heads), optional
-        g > 0: the output of a head is multiplied by g before the output projection.
+        temperature of a `LayerScaling`. Or one for each pair of a head's d dimensions that rotate together: what that
+        pair adds to the logits is multiplied by it.
+    gains : array of float, shape (layers, heads) or (layers, heads * d), optional
+        g > 0: the output of a head is multiplied by g before the output projection (SEAL-H), or each of its d channels
+        by a number of its own (SEAL-C).
     mlp_gains : sequence of float, shape (layers,), optional
         The output of a layer's MLP is multiplied by it. Not a per-head number: with gains that are equal within a layer
         it makes two numbers per layer that have nothing to do with positions: a control.
@@ -70,8 +72,8 @@ class HeadScaling(Scaling):
             lengths["layers"] = len(layers.factors)
         if not lengths:
             raise ValueError("a HeadScaling needs temperatures, gains, mlp_gains or layers; all are None")
-        widths = {len(given[name][0]) for name in ("temperatures", "gains") if given[name] is not None}
-        if len(set(lengths.values())) > 1 or len(widths) > 1:
+        widths = sorted(len(given[name][0]) for name in ("temperatures", "gains") if given[name] is not None)
+        if len(set(lengths.values())) > 1 or (widths and widths[-1] % widths[0]):
             shapes = ", ".join(f"{name} {np.shape(given.get(name) or [0] * n)}" for name, n in lengths.items())
             raise ValueError(f"the shapes don't agree: {shapes}; give (layers, heads), and (layers,) for mlp_gains")
         for name, values in given.items():
@@ -150,12 +152,15 @@ class HeadScaling(Scaling):
             self.layers.refuse_misfit(model)
         if self.num_layers != n_layers:
             raise ValueError(f"there are numbers for {self.num_layers} layers but {model_name(model)} has {n_layers}")
-        for name in ("temperatures", "gains"):
+        for name, channels in (("temperatures", "pairs of dimensions"), ("gains", "channels")):
             values = getattr(self, name)
             if values is not None and len(values[0]) != heads:
-                raise ValueError(
-                    f"{name} has {len(values[0])} values a layer but {model_name(model)} has {heads} query heads"
-                )
+                dim = head_dim(model) // (1 + (name == "temperatures"))
+                if len(values[0]) != heads * dim:
+                    raise ValueError(
+                        f"{name} has {len(values[0])} values a layer but {model_name(model)} has {heads} query heads "
+                        f"of {dim} {channels}"
+                    )
         refuse_unreachable_heads(model, self.settings)
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -47,6 +47,9 @@ class LayerScaling(Scaling):
     temperatures : sequence of float, shape (layers,), optional
         t_l > 0: the attention logits of layer l are multiplied by t_l. Our extension, not the paper's: YaRN's
         single softmax temperature, given to each layer. Costs nothing at inference, being folded into cos and sin.
+    bands : array of float, shape (layers, bands), optional
+        What the frequencies of each band of a layer are divided by, after its scheme (`rope.divide_by_band`). All equal
+        to s, they are the factor s of "pi". Ours, not the paper's.
 
     Raises
     ------
@@ -57,12 +60,17 @@ class LayerScaling(Scaling):
     factors: tuple[float, ...]
     scheme: str = "pi"
     temperatures: tuple[float, ...] | None = None
+    bands: tuple[tuple[float, ...], ...] | None = None
     extension: ClassVar[float] = 1.0  # an `ExtendedScaling` has others
     combine: ClassVar[str] = COMBINATIONS[0]
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
 
     def __init__(
-        self, factors: Sequence[float], scheme: str = "pi", temperatures: Sequence[float] | None = None
+        self,
+        factors: Sequence[float],
+        scheme: str = "pi",
+        temperatures: Sequence[float] | None = None,
+        bands: Sequence[Sequence[float]] | None = None,
     ) -> None:
         refuse_unknown("scheme", scheme, self.schemes)
         object.__setattr__(self, "factors", _positive("factors", factors))
@@ -77,6 +85,7 @@ class LayerScaling(Scaling):
             if all(t == 1.0 for t in temperatures):
                 temperatures = None  # the same scaling, so it must be the same value (and the same ledger key)
         object.__setattr__(self, "temperatures", temperatures)
+        object.__setattr__(self, "bands", None if bands is None else _check_bands(bands, len(self.factors)))
 
     @classmethod
     def uniform(cls, factor: float, num_layers: int, scheme: str = "pi", **options: Any) -> "LayerScaling":
@@ -104,20 +113,31 @@ class LayerScaling(Scaling):
 
     def _text(self, scheme: str, factors: Sequence[float]) -> str:
         numbers = [factors] if self.temperatures is None else [factors, self.temperatures]
-        return "|".join([scheme, *(",".join(map(repr, row)) for row in numbers)])
+        parts = [scheme, *(",".join(map(repr, row)) for row in numbers)]
+        if self.bands is not None:
+            parts.append("bands " + "/".join(",".join(map(repr, row)) for row in self.bands))
+        return "|".join(parts)
 
     @classmethod
     def from_key(cls, key: str) -> "LayerScaling":
         """A scaling that computes what the key is of."""
-        scheme, factors, *temperatures = key.split("|")
+        plain, _, of_bands = key.partition("|bands ")
+        scheme, factors, *temperatures = plain.split("|")
         values = [tuple(map(float, part.split(","))) for part in (factors, *temperatures)]
-        return cls(values[0], scheme, *values[1:])
+        bands = [tuple(map(float, row.split(","))) for row in of_bands.split("/")] if of_bands else None
+        return cls(values[0], scheme, values[1] if temperatures else None, bands)
 
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Setting of each layer: scalings that agree up to layer l compute the same up to there."""
         temperatures = self.temperatures or (1.0,) * len(self.factors)
-        return tuple(map(self._setting, self.factors, temperatures))
+        settings = tuple(map(self._setting, self.factors, temperatures))
+        if self.bands is None:
+            return settings
+        return tuple(
+            setting._replace(bands=row if set(row) != {1.0} else ())
+            for setting, row in zip(settings, self.bands, strict=True)
+        )
 
     def _setting(self, factor: float, temperature: float) -> Setting:
         """The simplest setting that computes this layer."""
@@ -125,8 +145,9 @@ class LayerScaling(Scaling):
 
     @property
     def reach(self) -> float:
-        """Tokens that may be read, in windows: a factor below 1 brings the end of the window nearer."""
-        return min(self.factors)
+        """Tokens that may be read, in windows: a factor or band below 1 brings the end of the window nearer."""
+        bands = self.bands or ((1.0,),) * len(self.factors)
+        return min(factor * min(row) for factor, row in zip(self.factors, bands, strict=True))
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
@@ -184,6 +205,8 @@ class LayerScaling(Scaling):
             _refuse_ignored_factors(model)
         if self.temperatures is not None:
             _refuse_idle_temperatures(model, self.temperatures)
+        if self.bands is not None:  # more than there are frequencies
+            PositionTables(model).prepare(UNSCALED._replace(bands=self.bands[0]))
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """A copy of a model whose weights hold the temperatures; factors act on cos and sin, which no weight holds.
@@ -206,12 +229,24 @@ class LayerScaling(Scaling):
         return fold_heads(model, settings)
 
     def at_dose(self, dose: float) -> "LayerScaling":
-        """Factors and temperatures to the power of `dose`: 0 is no scaling, 1 this one."""
+        """All numbers to the power of `dose`: 0 is no scaling, 1 this one."""
         return replace(
             self,
             factors=tuple(float(round(f**dose, 5)) for f in self.factors),
             temperatures=None if self.temperatures is None else tuple(round(t**dose, 5) for t in self.temperatures),
+            bands=None if self.bands is None else tuple(tuple(round(b**dose, 5) for b in row) for row in self.bands),
         )
+
+
+def _check_bands(bands: Sequence[Sequence[float]], n_layers: int) -> tuple[tuple[float, ...], ...] | None:
+    """Positive numbers, as many in each layer; None where all are 1, which is the same scaling."""
+    rows = tuple(_positive(f"bands[{layer}]", row) for layer, row in enumerate(bands))
+    if len(rows) != n_layers or len({len(row) for row in rows}) != 1:
+        raise ValueError(
+            f"bands has {len(rows)} rows of {sorted({len(row) for row in rows})} for {n_layers} layers; give as many "
+            "numbers for each layer"
+        )
+    return rows if any(number != 1.0 for row in rows for number in row) else None
 
 
 def _positive(name: str, values: Sequence[float]) -> tuple[float, ...]:

@@ -1,8 +1,9 @@
 """What a decoder layer's queries, head outputs and MLP output are multiplied by, and the hooks that do it."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,21 +58,40 @@ def products(
 
     Returns
     -------
-    temperatures, gains : float32 tensors, shape (copies * n_tokens, heads), or None
+    temperatures, gains : float32 tensors, shape (copies * n_tokens, heads, 1 or dimensions of a head), or None
     mlp : float32 tensor, shape (copies * n_tokens, 1), or None
     """
-    heads = (1.0,) * n_heads(model)
+    heads, one = n_heads(model), torch.ones((), device=model.device)
 
-    def laid_out(rows: Sequence[tuple[float, ...]]) -> Tensor | None:
-        if all(set(row) == {1.0} for row in rows):
+    def laid_out(rows: Sequence[Sequence[float]], shaped: Callable[[Tensor], Tensor]) -> Tensor | None:
+        if all({*row} <= {1.0} for row in rows):
             return None
-        return torch.tensor(rows, dtype=torch.float32, device=model.device).repeat_interleave(n_tokens, dim=0)
+        numbers = [shaped(torch.tensor(row, device=model.device)) if {*row} - {1.0} else one for row in rows]
+        wide = torch.broadcast_tensors(*numbers)  # type: ignore[no-untyped-call]
+        return torch.stack(wide).repeat_interleave(n_tokens, dim=0)
 
     return (
-        laid_out([s.head_temperatures or heads for s in settings]),
-        laid_out([s.head_gains or heads for s in settings]),
-        laid_out([(s.mlp_gain,) for s in settings]),
+        laid_out([setting.head_temperatures for setting in settings], partial(by_head, heads=heads, pairs=True)),
+        laid_out([setting.head_gains for setting in settings], partial(by_head, heads=heads)),
+        laid_out([(setting.mlp_gain,) for setting in settings], lambda number: number),
     )
+
+
+def by_head(numbers: Tensor, heads: int, *, pairs: bool = False) -> Tensor:
+    """Numbers of heads, or of each channel of every head, with an axis for heads.
+
+    Parameters
+    ----------
+    numbers : tensor, shape (..., heads or heads * channels)
+    pairs : bool
+        A channel is a pair of dimensions that rotate together, i and i + d / 2: each number comes twice.
+
+    Returns
+    -------
+    tensor, shape (..., heads, 1 or dimensions of a head)
+    """
+    found = numbers.reshape(*numbers.shape[:-1], heads, -1)
+    return torch.cat([found, found], dim=-1) if pairs and found.shape[-1] > 1 else found
 
 
 @contextmanager
@@ -80,7 +100,7 @@ def multiplied(layer: nn.Module, queries: Tensor | None, outputs: Tensor | None,
 
     Parameters
     ----------
-    queries, outputs : tensor, shape (tokens or 1, heads), or None
+    queries, outputs : tensor, shape (tokens or 1, heads, 1 or dimensions of a head), or None
     mlp : tensor, shape (tokens or 1, 1), or None
     """
     with ExitStack() as stack:
@@ -91,7 +111,7 @@ def multiplied(layer: nn.Module, queries: Tensor | None, outputs: Tensor | None,
         if outputs is not None:
             gains = outputs
             handle = output_of(layer).register_forward_pre_hook(
-                lambda _, given: (_times(_by_head(given[0], gains.shape[1]), gains[..., None]).flatten(-2),)
+                lambda _, given: (_times(by_head(given[0], gains.shape[1]), gains).flatten(-2),)
             )
             stack.callback(handle.remove)
         if mlp is not None:
@@ -109,7 +129,7 @@ def _times_heads(given: Any, output: Tensor, by: Tensor) -> Tensor:
     """The output of a query projection or norm, whichever axis its heads are on."""
     heads = by.shape[1]
     if output.dim() == 3:  # (batch, tokens, heads * dim)
-        return _times(_by_head(output, heads), by[..., None]).flatten(-2)
+        return _times(by_head(output, heads), by).flatten(-2)
     like, dim = given[0], output.shape[-1]
     # (batch, tokens, heads, dim) or (batch, heads, tokens, dim): where both would fit, the layout in memory tells
     fit = [axis for axis in (1, 2) if output.dim() == 4 and output.shape[axis] == heads]
@@ -117,16 +137,18 @@ def _times_heads(given: Any, output: Tensor, by: Tensor) -> Tensor:
         fit = [2] if heads == 1 else [axis for axis in fit if like.stride(axis) == dim]
     if len(fit) != 1:
         raise RuntimeError(f"queries of shape {tuple(output.shape)} don't show which axis the {heads} heads are on")
-    return _times(output, by[..., None] if fit == [2] else by.mT[..., None])
-
-
-def _by_head(values: Tensor, heads: int) -> Tensor:
-    return values.view(*values.shape[:-1], heads, -1)
+    return _times(output, by if fit == [2] else by.transpose(0, 1))
 
 
 def n_heads(model: PreTrainedModel) -> int:
     """Number of query heads of a layer."""
     return int(model.config.get_text_config().num_attention_heads)
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    """Dimensions of a head."""
+    output: Any = output_of(reachable_decoder(model).layers[0])
+    return int(output.in_features) // n_heads(model)
 
 
 def queries_of(layer: nn.Module) -> nn.Module:
@@ -159,7 +181,7 @@ def _refuse_idle_temperatures(model: PreTrainedModel, settings: Sequence[Setting
     layers, heads = reachable_decoder(model).layers, n_heads(model)
 
     def hot(layer: nn.Module, args: Any, given: dict[str, Any]) -> Any:
-        with multiplied(layer, torch.full((1, heads), 4.0), None, None):
+        with multiplied(layer, torch.full((1, heads, 1), 4.0), None, None):
             return layer.forward(*args, **given)
 
     obeyed = tried(

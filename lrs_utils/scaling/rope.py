@@ -4,6 +4,7 @@ Knows formulas only; `tables` puts frequencies on a model, `analysis.heads` meas
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,26 @@ def layer_frequencies(
         stretch = stretch.clamp(min=1) if isinstance(stretch, Tensor) else max(1.0, stretch)
     frequencies, gain = scaled_frequencies(unscaled, stretch, scheme, window)
     return (frequencies, gain) if combine == "multiply" else (frequencies / factor, gain)
+
+
+def divide_by_band(frequencies: Tensor, bands: Sequence[float] | Tensor) -> Tensor:
+    """Frequencies divided by a number for each band: as many neighbouring frequencies in each, high ones first.
+
+    Bands that are all s divide as scheme "pi" does. Every scheme is a point of this space: log frequency of pair k of a
+    layer is that of the model less the log of what divides it.
+
+    Parameters
+    ----------
+    frequencies : Tensor, shape (d / 2,)
+    bands : sequence of float or Tensor, shape (K,)
+        K at most d / 2.
+    """
+    numbers = bands if isinstance(bands, Tensor) else torch.tensor(bands, dtype=torch.float32)
+    half, n = len(frequencies), len(numbers)
+    if n > half:
+        raise ValueError(f"there are {n} bands, but only {half} frequencies to divide")
+    of = torch.arange(half, device=frequencies.device) * n // half
+    return frequencies / numbers.to(frequencies.device)[of]
 
 
 def decay_bound(distances: ArrayLike, frequencies: Tensor) -> NDArray[np.float64]:

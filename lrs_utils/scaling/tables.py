@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from lrs_utils.scaling.base import UNSCALED, Setting, model_name, reachable_decoder
-from lrs_utils.scaling.rope import DYNAMIC, layer_frequencies
+from lrs_utils.scaling.rope import DYNAMIC, divide_by_band, layer_frequencies
 
 _COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
@@ -115,10 +115,12 @@ class PositionTables:
             self._read_first = int(position_ids.max()) + 1
         return self.length or self._read_first
 
-    def differentiable(self, given: Any, scaling: Stretch, *values: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables of a layer whose factor and temperature are tensors (scalars), for a gradient by them."""
+    def differentiable(
+        self, given: Any, scaling: Stretch, factor: Tensor, temperature: Tensor, bands: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tables of a layer whose factor, temperature (scalars) and bands are tensors, for a gradient by them."""
         args, kwargs, _ = self._calls[given[0]]
-        setting: Any = (*values, scaling.scheme, scaling.extension, scaling.combine)
+        setting: Any = (factor, temperature, scaling.scheme, scaling.extension, scaling.combine, bands)
         length = self._stretched_for(scaling.scheme, *args, **kwargs)
         rotary = _scaled_rotary(self._unscaled, setting, self._window, length, name=self._name)
         # transformers computes tables under `no_grad`, a decorator; beneath it is the formula
@@ -133,7 +135,7 @@ class PositionTables:
 
 def _scaled_rotary(rotary: nn.Module, setting: Setting, window: int, length: int, *, name: str) -> nn.Module:
     """A copy of the model's rotary embedding (a few dozen numbers) with its frequencies and gain changed."""
-    factor, temperature, scheme, extension, combine = setting[:5]
+    factor, temperature, scheme, extension, combine, bands = setting[:6]
     scaled = copy.deepcopy(rotary)
     found = {buffer: values for buffer, values in scaled.named_buffers(recurse=False) if buffer.endswith("inv_freq")}
     gains = [attribute for attribute in vars(scaled) if attribute.endswith("attention_scaling")]
@@ -142,6 +144,8 @@ def _scaled_rotary(rotary: nn.Module, setting: Setting, window: int, length: int
             frequencies, gain = layer_frequencies(
                 inv_freq, factor, scheme, window, extension=extension, combine=combine, length=length
             )
+            if bands is not None and len(bands):
+                frequencies = divide_by_band(frequencies, bands)
         except ValueError as error:
             raise ValueError(f"{name} can't be scaled: {error}") from error
         setattr(scaled, buffer, frequencies)

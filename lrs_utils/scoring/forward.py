@@ -88,11 +88,12 @@ class PackedForward:
         return None if self._tables is None else self._tables(self._given[index].get("position_embeddings"), setting)
 
     def differentiable_table(
-        self, index: int, scaling: LayerScaling, factor: Tensor, temperature: Tensor
+        self, index: int, scaling: LayerScaling, factor: Tensor, temperature: Tensor, bands: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin of a layer, which let a gradient through to its factor and temperature."""
+        """cos and sin of a layer, which let a gradient through to its factor, temperature and bands."""
         assert self._tables is not None
-        return self._tables.differentiable(self._given[index]["position_embeddings"], scaling, factor, temperature)
+        given = self._given[index]["position_embeddings"]
+        return self._tables.differentiable(given, scaling, factor, temperature, bands)
 
     def run(self, index: int, hidden: Tensor, settings: Sequence[Setting]) -> Tensor:
         """One layer over copies of the row laid end to end, each under its setting."""

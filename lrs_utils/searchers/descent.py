@@ -14,13 +14,12 @@ from lrs_utils.arguments import number, whole
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Scaling
-from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.curves import Fitness
 from lrs_utils.searchers.gradient import PRICE, gradient_key, nll_gradient
-from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, layers_of, numbers_of, refuse_space
+from lrs_utils.searchers.learned import LAYER_NUMBERS, SPACES, layers_of, numbers_of, refuse_space, scaling_of
 from lrs_utils.tasks import Probe, Suite
 
 
@@ -39,7 +38,7 @@ class GradientSearch:
         Of the suites' nll in their sum; 1 each by default.
     vary : str
         What is learned, a name of `learned.SPACES`: "factors" (or "pi_factors", the same here), "temperatures" or
-        "both" (of layers), "head_temperatures", "head_gains" or "heads" (both), "outputs".
+        "both" (of layers), "head_temperatures", "head_gains" or "heads" (both), and so on.
     start : Scaling, optional
         No scaling by default. Its scheme (not "yarn") and extension are kept.
     steps : int
@@ -93,7 +92,6 @@ class GradientSearch:
         self._bounds = _find_widest_bounds(lm, self._suites, self._start, extrapolate) if bounds is None else bounds
         self._extrapolate, self._progress, self._ledger = extrapolate, progress, ledger
         self._steps, self._every, self._questions = steps, every, questions
-        self._values = numbers_of(self._start, lm)
         self._choose_numbers(vary)
         refuse_space(lm, vary)
         rates = {"temperatures": temperature_rate}
@@ -112,8 +110,9 @@ class GradientSearch:
     def _choose_numbers(self, vary: str) -> None:
         """Set the logs of what a space learns, what their exponentials multiply, and which gradient that takes."""
         self._numbers = tuple(name.removeprefix("=") for name in SPACES[vary])
-        if {*LAYER_NUMBERS} & {*self._numbers}:
-            self._numbers = LAYER_NUMBERS  # one gradient for all searches of layers
+        self._values = numbers_of(self._start, self._lm, self._numbers)
+        if {*LAYER_NUMBERS} & {*self._numbers}:  # one gradient for all searches of layers
+            self._numbers = (*LAYER_NUMBERS, *(name for name in self._numbers if name not in LAYER_NUMBERS))
         self._logs: dict[str, Tensor] = {}
         self._base: dict[str, Any] = {}
         for entry in SPACES[vary]:
@@ -136,12 +135,7 @@ class GradientSearch:
         values = {**self._values}
         for name, logs in self._logs.items():
             values[name] = self._base[name] * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
-        layers = layers_of(self._start, self._lm)
-        layers = replace(layers, factors=values["factors"][0], temperatures=values["temperatures"][0])
-        if not isinstance(self._start, HeadScaling) and not {*HEAD_NUMBERS} & {*self._logs}:
-            return layers
-        of_heads = [values[name].T for name in ("head_temperatures", "head_gains")]
-        return HeadScaling(*of_heads, mlp_gains=values["mlp_gains"][0], layers=layers)
+        return scaling_of(values, self._start, self._lm, self._numbers)
 
     def ask(self) -> list[Scaling]:
         """The start, then where the next few steps lead."""

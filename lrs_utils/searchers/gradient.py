@@ -5,6 +5,7 @@ answer can be differentiated in all of them at once, for two to three times what
 paper (2503.04355) searches without gradients.
 """
 
+import functools
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.products import by_head, n_heads
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, pack
 from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
-from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, layers_of, numbers_of
+from lrs_utils.searchers.learned import LAYER_NUMBERS, OF_HEADS, is_of_layer, layers_of, numbers_of
 from lrs_utils.tasks import Probe
 
 _KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice
@@ -98,7 +100,8 @@ def _differentiate(
     length = context_tokens(lm, probe) if scaling.stretches_by_length else None
     refuse_unscorable(lm)
     layout, device = Layout([packed], lm.model.device), lm.model.device
-    now = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in numbers_of(scaling, lm).items()}
+    values = numbers_of(scaling, lm, numbers)
+    now = {name: torch.tensor(rows, dtype=torch.float32, device=device) for name, rows in values.items()}
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
     now |= {name: change.exp() * now[name] for name, change in changes.items()}
     with torch.enable_grad(), PackedForward(lm) as forward:
@@ -123,20 +126,32 @@ def _run_layers(
     layers = layers_of(scaling, lm)
     keeps_all = _count_activation_bytes(lm, layout.length) <= _KEPT_BYTES
     run: Callable[..., Tensor] = operator.call if keeps_all else _compute_twice
-    of_layers = bool({*LAYER_NUMBERS} & {*numbers})
+    of_layers, heads = any(map(is_of_layer, numbers)), n_heads(lm.model)
+    bands = next((rows for name, rows in now.items() if name.startswith("bands_")), None)
     with torch.no_grad():
         hidden = forward.embed(layout)
     for at, setting in enumerate(scaling.settings):
         table: tuple[Tensor, Tensor] | None
         if of_layers:
-            table = forward.differentiable_table(at, layers, *(now[name][0, at] for name in LAYER_NUMBERS))
+            factor, temperature = (now[name][0, at] for name in LAYER_NUMBERS)
+            of_bands = None if bands is None else bands[:, at]
+            table = forward.differentiable_table(at, layers, factor, temperature, of_bands)
         else:
             table = forward.table(at, setting)
-        of_heads = {name: now[name][:, at] for name in HEAD_NUMBERS}
         # what is 1 and not asked about is left out, as it is where the layer is scored
-        multipliers = [v[None] if name in numbers or (v != 1).any() else None for name, v in of_heads.items()]
+        there = {n: rows[:, at] for n, rows in now.items() if n in numbers or bool((rows[:, at] != 1).any())}
+        multipliers = [
+            _multiply([by_head(there[n], heads, pairs=n == "pair_temperatures") for n in names if n in there])
+            for names in OF_HEADS.values()
+        ]
+        multipliers.append(there["mlp_gains"][None] if "mlp_gains" in there else None)
         hidden = run(forward.run_with, at, hidden, table, *multipliers)
     return hidden
+
+
+def _multiply(numbers: Sequence[Tensor]) -> Tensor | None:
+    """The product of numbers of heads and of their channels, for all tokens."""
+    return functools.reduce(operator.mul, numbers)[None] if numbers else None
 
 
 def _average_nll(

@@ -1,4 +1,8 @@
-"""The numbers of layers and heads that a search by gradient may learn, and which of them together."""
+"""The numbers of layers and heads that a search by gradient may learn, and which of them together: spaces."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,55 +11,112 @@ from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling, temperature_layers
+from lrs_utils.scaling.products import head_dim, n_heads
 
-LAYER_NUMBERS, HEAD_NUMBERS = ("factors", "temperatures"), ("head_temperatures", "head_gains", "mlp_gains")
+LAYER_NUMBERS = ("factors", "temperatures")
+HEAD_NUMBERS = ("head_temperatures", "head_gains", "mlp_gains")
+# Those of a head and those of its channels, by which a head's is multiplied there.
+OF_HEADS = {"temperatures": ("head_temperatures", "pair_temperatures"), "gains": ("head_gains", "channel_gains")}
+_BANDS = (4, 8, 32)
 
 # What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
-SPACES = {
+SPACES: dict[str, tuple[str, ...]] = {
     "factors": ("factors",),
     "pi_factors": ("factors",),  # the paper's own numbers: `find_scaling` starts from its scheme "pi", else from "ntk"
     "temperatures": ("temperatures",),
     "both": LAYER_NUMBERS,
+    **{f"bands_{n}": (f"bands_{n}",) for n in _BANDS},
     "head_temperatures": ("head_temperatures",),
     "head_gains": ("head_gains",),
     "heads": ("head_temperatures", "head_gains"),
+    "layers_and_heads": (*LAYER_NUMBERS, "head_temperatures", "head_gains"),
+    "pair_temperatures": ("pair_temperatures",),
+    "channel_gains": ("channel_gains",),
     "outputs": ("=head_gains", "mlp_gains"),  # as many numbers as "both", none of positions: a control
 }
 
 
-def numbers_of(scaling: Scaling, lm: LM) -> dict[str, NDArray[np.float64]]:
-    """A scaling's numbers by name, each of shape (rows, layers): one row for a number of a layer, one for each head."""
+def numbers_of(scaling: Scaling, lm: LM, also: Sequence[str] = ()) -> dict[str, NDArray[np.float64]]:
+    """A scaling's numbers by name, each of shape (rows, layers): one row for a number of a layer, one for each head.
+
+    Parameters
+    ----------
+    also : sequence of str
+        Numbers of bands and channels, which few scalings have, to be there in any case.
+    """
     layers = layers_of(scaling, lm)
     heads = scaling if isinstance(scaling, HeadScaling) else HeadScaling(layers=layers)
-    given = {
-        "factors": layers.factors,
-        "temperatures": layers.temperatures,
-        "head_temperatures": heads.temperatures,
-        "head_gains": heads.gains,
-        "mlp_gains": heads.mlp_gains,
-    }
-    n_heads = int(lm.model.config.get_text_config().num_attention_heads)
-    rows = {"head_temperatures": n_heads, "head_gains": n_heads}
+    found: dict[str, Any] = dict.fromkeys(also)
+    found |= {"factors": layers.factors, "temperatures": layers.temperatures, "mlp_gains": heads.mlp_gains}
+    if layers.bands is not None:
+        found[f"bands_{len(layers.bands[0])}"] = layers.bands
+    for kind, names in OF_HEADS.items():
+        values = getattr(heads, kind)
+        found |= {names[0]: None}
+        if values is not None:
+            found[names[len(values[0]) > n_heads(lm.model)]] = values
     return {
-        name: np.ones((rows.get(name, 1), lm.num_layers))
+        name: np.ones((count_rows(name, lm), lm.num_layers))
         if values is None
         else np.atleast_2d(np.transpose(values)).astype(float)
-        for name, values in given.items()
+        for name, values in found.items()
     }
+
+
+def scaling_of(
+    values: Mapping[str, NDArray[np.float64]], start: Scaling, lm: LM, names: Sequence[str]
+) -> LayerScaling | HeadScaling:
+    """The scaling that has the numbers of `numbers_of`; its scheme and extension are those of `start`.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Numbers that may differ from those of `start`: a `LayerScaling` is one still, if none of them is of heads.
+    """
+    bands = next((rows.T for name, rows in values.items() if name.startswith("bands_")), None)
+    numbers: dict[str, Any] = {name: values[name][0] for name in LAYER_NUMBERS} | {"bands": bands}
+    layers = replace(layers_of(start, lm), **numbers)
+    if not isinstance(start, HeadScaling) and all(is_of_layer(name) for name in names):
+        return layers
+    of_heads = []
+    for head, channel in OF_HEADS.values():
+        rows, wide = values[head], values.get(channel)
+        if wide is not None and (wide != 1).any():
+            rows = np.repeat(rows, len(wide) // len(rows), axis=0) * wide
+        of_heads.append(rows)
+    return HeadScaling(*(rows.T for rows in of_heads), mlp_gains=values["mlp_gains"][0], layers=layers)
+
+
+def is_of_layer(name: str) -> bool:
+    """Whether a number acts on the positions of a layer, not on what its heads or MLP put out."""
+    return name in LAYER_NUMBERS or name.startswith("bands_")
+
+
+def count_rows(name: str, lm: LM) -> int:
+    """How many numbers of a name a layer has."""
+    if name.startswith("bands_"):
+        return int(name.removeprefix("bands_"))
+    each = {"head_temperatures": 1, "head_gains": 1}
+    if name in ("pair_temperatures", "channel_gains"):
+        each[name] = head_dim(lm.model) // (1 + (name == "pair_temperatures"))
+    return n_heads(lm.model) * each[name] if name in each else 1
+
+
+def count_numbers(lm: LM, space: str) -> int:
+    """How many numbers a space has on a model."""
+    return lm.num_layers * sum(1 if name.startswith("=") else count_rows(name, lm) for name in SPACES[space])
 
 
 def refuse_space(lm: LM, vary: str) -> None:
     """Raise the ValueError that names a family which can't have the numbers of a space."""
-    unscaled = numbers_of(LayerScaling.identity(lm.num_layers), lm)
-    twos = {name: np.full_like(values, 2.0).T for name, values in unscaled.items()}  # any number but 1 would do
-    names = {name.removeprefix("=") for name in SPACES[vary]}
+    names = [name.removeprefix("=") for name in SPACES[vary]]
+    values = numbers_of(LayerScaling.identity(lm.num_layers), lm, names)
+    for name in names:  # any number but 1 would do
+        values[name] = np.full_like(values[name], 2.0)
     if "temperatures" in names:
         obeyed = temperature_layers(lm.model)  # where they are idle there is no gradient, and they stay 1
-        some = [2.0 if here or not any(obeyed) else 1.0 for here in obeyed]
-        LayerScaling((1.0,) * lm.num_layers, temperatures=some).refuse_misfit(lm.model)
-    heads = [twos[name] if name in names else None for name in ("head_temperatures", "head_gains")]
-    if {*HEAD_NUMBERS} & names:
-        HeadScaling(*heads, mlp_gains=twos["mlp_gains"][:, 0] if "mlp_gains" in names else None).refuse_misfit(lm.model)
+        values["temperatures"] = np.array([[2.0 if here or not any(obeyed) else 1.0 for here in obeyed]])
+    scaling_of(values, LayerScaling.identity(lm.num_layers), lm, names).refuse_misfit(lm.model)
 
 
 def layers_of(scaling: Scaling, lm: LM) -> LayerScaling:
