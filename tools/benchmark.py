@@ -158,9 +158,10 @@ def measure_prices(lm: LM, repetitions: int) -> None:
         [work for pairs, keys in PRICED for work in price_works(lm, pairs, keys, 21_000 + repetition)]
         for repetition in range(repetitions)
     ]
-    prices = price_table(measured(lm, plan))
-    print(prices.round(2).to_string(index=False))
-    write_table("gradient_prices", prices, f"benchmark.py | {describe_machine(lm)} | {lm!r}", "%.3f")
+    raw = measured(lm, plan)
+    prices, origin = price_table(raw), f"{describe_machine(lm)} | {lm!r} | peak memory {raw['peak'].max():.2f} GiB"
+    print(prices.round(2).to_string(index=False), origin, sep="\n")
+    write_table("gradient_prices", prices, f"benchmark.py | {origin}", "%.3f")
 
 
 def _distinct_layers(scalings: Sequence[LayerScaling]) -> set[tuple[Setting, ...]]:
@@ -304,9 +305,13 @@ def main() -> None:
     search = parameters_of("06_ga_search", "cpu")
     settings = search | search["settings"]
     lm, pairs = load_lm(settings["model"], dtype=settings["dtype"]), settings["n_pairs"]
-    measure_prices(lm, arguments.repetitions)
-    if arguments.prices:
-        return
+    if not arguments.prices:
+        measure_scoring(lm, pairs, settings, arguments)
+    measure_prices(lm, arguments.repetitions)  # last: a gradient takes more memory than scoring
+
+
+def measure_scoring(lm: LM, pairs: int, settings: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Measure, print and write `data/results/benchmark.csv` and `figures/benchmark.svg`."""
     three = [0, (pairs - 1) // 2, pairs - 1]
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
