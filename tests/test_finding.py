@@ -633,7 +633,7 @@ def test_minutes_that_are_too_few_are_refused_with_how_many_it_takes(plan, find,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"space": "all"}, "space is 'all'; choose one of auto, layers, factors, pi_factors, temperatures, both, bands_4, bands_8, "),
+        ({"space": "all"}, "space is 'all'; choose one of auto, layers, factors, pi_factors, temperatures, both, "),
         ({"minutes": 0}, "minutes is 0; give more than 0, or None for no limit"),
         ({"minutes": -2}, "minutes is -2; give more than 0"),
         ({"minutes": math.nan}, "minutes is nan"),

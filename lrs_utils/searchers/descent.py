@@ -98,9 +98,7 @@ class GradientSearch:
         groups = [{"params": [row], "lr": rates.get(name, rate)} for name, row in self._logs.items()]
         self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
-        rng = np.random.default_rng(seed)
-        self._orders = [_shuffle_forever(rng.spawn(1)[0], len(suite.probes)) for suite in self._suites]
-        self._question_rng = rng.spawn(1)[0]
+        self._drawn = draw_steps(self._suites, questions, seed)
         self._start_asked = False
         self.nll: list[list[float]] = []  # of each step, suite by suite
         self.gradients: list[NDArray[np.float64]] = []  # of each step, (rows, layers), and where it was taken
@@ -152,18 +150,9 @@ class GradientSearch:
     def tell(self, candidates: Sequence[Scaling], fitness: Sequence[Fitness]) -> None:
         """Nothing: the next step doesn't depend on fitness."""
 
-    def _draw_questions(self, probe: Probe) -> Probe:
-        """The context with at most so many of its questions, one from each stretch of depth."""
-        if self._questions is None or len(probe.questions) <= self._questions:
-            return probe
-        by_depth = sorted(range(len(probe.questions)), key=lambda q: probe.questions[q].position)
-        some = [int(self._question_rng.choice(part)) for part in np.array_split(by_depth, self._questions)]
-        return replace(probe, questions=tuple(probe.questions[q] for q in sorted(some)))
-
     def _step(self, bar: Progress) -> None:
         scaling, parts, losses = self.scaling, [], []
-        for suite, weight, order in zip(self._suites, self._weights, self._orders, strict=True):
-            probe = self._draw_questions(suite.probes[next(order)])
+        for weight, probe in zip(self._weights, next(self._drawn), strict=True):
             nll, gradient = nll_gradient(
                 self._lm, probe, scaling, self._numbers, extrapolate=self._extrapolate, ledger=self._ledger
             )
@@ -187,6 +176,29 @@ class GradientSearch:
         self.gradients.append(total)
         shown = ", ".join(f"{value:.3f}" for value in losses)
         bar.advance(0, f"step {len(self.nll)} of {self._steps}, nll {shown}")
+
+
+def draw_steps(suites: Sequence[Suite], questions: int | None, seed: int) -> Iterator[list[Probe]]:
+    """A context of each suite for every step, without end; each comes once before any comes a second time.
+
+    Parameters
+    ----------
+    questions : int, optional
+        At most so many questions of a context, drawn again each time, one from each stretch of depth.
+    """
+    rng = np.random.default_rng(seed)
+    orders = [_shuffle_forever(rng.spawn(1)[0], len(suite.probes)) for suite in suites]
+    question_rng = rng.spawn(1)[0]
+
+    def draw_questions(probe: Probe) -> Probe:
+        if questions is None or len(probe.questions) <= questions:
+            return probe
+        by_depth = sorted(range(len(probe.questions)), key=lambda q: probe.questions[q].position)
+        some = [int(question_rng.choice(part)) for part in np.array_split(by_depth, questions)]
+        return replace(probe, questions=tuple(probe.questions[q] for q in sorted(some)))
+
+    while True:
+        yield [draw_questions(suite.probes[next(order)]) for suite, order in zip(suites, orders, strict=True)]
 
 
 def _shuffle_forever(rng: np.random.Generator, n: int) -> Iterator[int]:

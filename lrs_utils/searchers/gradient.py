@@ -5,10 +5,10 @@ answer can be differentiated in all of them at once, for two to three times what
 paper (2503.04355) searches without gradients.
 """
 
-import functools
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import by_head, n_heads
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
-from lrs_utils.scoring.packing import Layout, pack
+from lrs_utils.scoring.packing import Layout, Packed, pack
 from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
 from lrs_utils.searchers.learned import LAYER_NUMBERS, OF_HEADS, is_of_layer, layers_of, numbers_of
 from lrs_utils.tasks import Probe
@@ -99,19 +100,48 @@ def _differentiate(
         refuse_beyond_window(lm, packed.longest, scaling, "a context")
     length = context_tokens(lm, probe) if scaling.stretches_by_length else None
     refuse_unscorable(lm)
-    layout, device = Layout([packed], lm.model.device), lm.model.device
+    device = lm.model.device
     values = numbers_of(scaling, lm, numbers)
     now = {name: torch.tensor(rows, dtype=torch.float32, device=device) for name, rows in values.items()}
     changes = {name: torch.zeros_like(now[name], requires_grad=True) for name in numbers}  # of the logs
-    now |= {name: change.exp() * now[name] for name, change in changes.items()}
+    with torch.enable_grad():
+        now |= {name: change.exp() * now[name] for name, change in changes.items()}
+    run = partial(_run_layers, lm, scaling=scaling, now=now, numbers=numbers)
+    nll, by_number = _differentiate_packed(lm, packed, length, run, list(changes.values()), f" under {scaling}")
+    gradient = torch.cat(by_number)
+    return nll, np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
+
+
+def nll_gradient_by(lm: LM, probe: Probe, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """The nll of a context's questions, and its derivative by tensors that hooks on the model's layers use.
+
+    For numbers of your own: put hooks on modules of the model (`register_forward_hook`) that compute with `tensors`.
+
+    Parameters
+    ----------
+    probe : Probe
+    tensors : sequence of Tensor
+        Leaves that require a gradient.
+    """
+    refuse_unscorable(lm)
+    packed, none = pack(lm, probe, "a context"), LayerScaling.identity(lm.num_layers)
+    refuse_beyond_window(lm, packed.longest, none, "a context")
+    return _differentiate_packed(lm, packed, None, partial(_run_layers, lm, scaling=none, now={}, numbers=()), tensors)
+
+
+def _differentiate_packed(
+    lm: LM, packed: Packed, length: int | None, run: Callable[..., Tensor], tensors: Sequence[Tensor], under: str = ""
+) -> tuple[float, list[Tensor]]:
+    """The nll of a packed context whose layers are run by `run`, and its derivative by tensors."""
+    layout = Layout([packed], lm.model.device)
     with torch.enable_grad(), PackedForward(lm) as forward:
         forward.stretch_for(length)
-        states = _run_layers(lm, forward, layout, scaling, now, numbers)
+        states = run(forward, layout)
         nll, by_states = _average_nll(forward, layout, packed.owner, states.detach())
-        gradient = torch.cat(torch.autograd.grad(states, list(changes.values()), by_states))
-    if not gradient.isfinite().all():
-        raise FloatingPointError(f"{lm.name} gave a non-finite gradient under {scaling}; try dtype float32")
-    return nll, np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
+        gradients = [*torch.autograd.grad(states, list(tensors), by_states)]
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        raise FloatingPointError(f"{lm.name} gave a non-finite gradient{under}; try dtype float32")
+    return nll, gradients
 
 
 def _run_layers(
@@ -151,7 +181,7 @@ def _run_layers(
 
 def _multiply(numbers: Sequence[Tensor]) -> Tensor | None:
     """The product of numbers of heads and of their channels, for all tokens."""
-    return functools.reduce(operator.mul, numbers)[None] if numbers else None
+    return reduce(operator.mul, numbers)[None] if numbers else None
 
 
 def _average_nll(
