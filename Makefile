@@ -40,6 +40,7 @@ reproduce: .venv/installed
 
 bench: model gemma
 	$(BIN)/python tools/benchmark.py
+	$(BIN)/python tools/benchmark.py --prices
 	$(BIN)/python tools/record.py
 
 lint: .venv/installed

@@ -296,18 +296,19 @@ def with_searches(raw: pd.DataFrame, recorded: Sequence[Recorded]) -> pd.DataFra
 
 
 def main() -> None:
-    """Measure, print and write `data/results/{benchmark,gradient_prices}.csv` and `figures/benchmark.svg`."""
+    """Measure, print and write what scoring costs, or a gradient: apart, since memory is of the whole process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 20, 40, 75, 140], help="4 or more each")
-    parser.add_argument("--prices", action="store_true", help="only what a gradient costs")
+    parser.add_argument("--prices", action="store_true", help="what a gradient costs, in a process of its own")
     arguments = parser.parse_args()
     search = parameters_of("06_ga_search", "cpu")
     settings = search | search["settings"]
     lm, pairs = load_lm(settings["model"], dtype=settings["dtype"]), settings["n_pairs"]
-    if not arguments.prices:
+    if arguments.prices:
+        measure_prices(lm, arguments.repetitions)
+    else:
         measure_scoring(lm, pairs, settings, arguments)
-    measure_prices(lm, arguments.repetitions)  # last: a gradient takes more memory than scoring
 
 
 def measure_scoring(lm: LM, pairs: int, settings: Mapping[str, Any], arguments: argparse.Namespace) -> None:
