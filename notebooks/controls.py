@@ -214,11 +214,8 @@ class ControlRun(Run):
         control, tensors = replace(start, learned=learned), [v for layer in learned for v in layer.values()]
         adam = torch.optim.Adam(tensors, lr=rate, betas=(0.9, 0.99))
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, about["steps"])
-        drawn, every, stops = (
-            draw_steps(suites, about["questions"], about["seed"]),
-            math.ceil(about["steps"] / STOPS),
-            [],
-        )
+        drawn, every = draw_steps(suites, about["questions"], about["seed"]), math.ceil(about["steps"] / STOPS)
+        stops: list[Control] = []
         for step in range(1, about["steps"] + 1):
             adam.zero_grad()
             with control.applied_to(self._lm.model):
@@ -246,4 +243,5 @@ def shuffle_heads(scaling: HeadScaling, seed: int) -> HeadScaling:
     def shuffled(rows: Any) -> Any:
         return None if rows is None else rng.permuted(np.array(rows), axis=1)
 
-    return HeadScaling(shuffled(scaling.temperatures), shuffled(scaling.gains), layers=scaling.layers)
+    numbers = shuffled(scaling.temperatures), shuffled(scaling.gains)
+    return HeadScaling(*numbers, mlp_gains=scaling.mlp_gains, layers=scaling.layers)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from lrs_utils import LM, GeneticSearch, LayerScaling, Ledger, find_scaling, score, search, tasks
 from lrs_utils.analysis.attention import attention, induction_scores
-from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_test
+from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
 from lrs_utils.finding.parts import divide
 from lrs_utils.finding.recipe import default_texts
 from lrs_utils.scaling.base import Scaling
@@ -197,11 +197,9 @@ def _cut_unseen_text(stretches: int) -> tasks.Suite:
 def _compare(
     before: np.ndarray, after: np.ndarray, depths: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> dict[str, Any]:
-    gains = after.mean(axis=1) - before.mean(axis=1)
-    interval, fifths = bootstrap_mean(100 * gains), by_fifth(after, depths) - by_fifth(before, depths)
-    return {
-        "accuracy": after.mean(), "points": float(interval.mean), "low": float(interval.low),
-        "high": float(interval.high), "p": paired_test(after.mean(axis=1), before.mean(axis=1)),
+    change = paired_change(100 * before.mean(axis=1), 100 * after.mean(axis=1))
+    fifths = by_fifth(after, depths) - by_fifth(before, depths)
+    return {"accuracy": after.mean(), "points": change.pop("change")} | change | {
         "by fifth": " ".join(f"{change:+.0f}" for change in 100 * fifths.mean(axis=0)),
         "perplexity": 100 * np.expm1((text_after - text_before).mean()),
     }  # fmt: skip

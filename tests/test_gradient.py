@@ -262,9 +262,20 @@ def test_a_space_is_searched_downhill_and_nothing_else_moves(tiny, vary, start):
         assert all(len(np.unique(values[name])) == values[name].size for name in names & {"head_gains"})
 
 
-def test_more_bands_than_frequencies_are_refused(tiny):
+def test_bands_that_can_not_be_are_refused(tiny):
     with pytest.raises(ValueError, match="there are 8 bands, but only 4 frequencies"):
         GradientSearch(tiny, SUITE, vary="bands_8")
+    start = LayerScaling((1.0, 1.0), bands=[[1.1, 0.9], [1.2, 1.0]])
+    with pytest.raises(ValueError, match="a scaling has one number of bands, not bands_4 and bands_2"):
+        GradientSearch(tiny, SUITE, vary="bands_4", start=start)
+
+
+def test_bands_stay_within_bounds(tiny):
+    searcher = GradientSearch(tiny, SUITE, vary="bands_4", steps=3, rate=0.1, every=3, bounds=(0.98, 1.02))
+    searcher.ask()
+    [last] = searcher.ask()
+    numbers = {number for row in last.bands for number in row}
+    assert {min(numbers), max(numbers)} == {0.98, 1.02}
 
 
 @pytest.mark.parametrize("vary", FITTING)

@@ -256,6 +256,10 @@ def test_a_file_of_a_curve_brings_its_control_points_and_numbers_of_heads_are_ke
         (LayerScaling((1.1,) * 4), "it is of 4 layers, and this model has 8"),
         (HeadScaling(gains=np.full((8, 2), 1.1)), "it is of 2 heads a layer, and this model has 4"),
         (ExtendedScaling((1.1,) * 8, extension=2.0, combine="divide"), "it reads beyond the window"),
+        (
+            LayerScaling((1.1,) * 8, bands=[[1.2, 0.9]] * 8),
+            "it has numbers for bands, which the playground does not show",
+        ),
         ("{}", "is not a factor file"),
     ],
 )

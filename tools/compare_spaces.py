@@ -75,12 +75,8 @@ def main() -> None:
 def _judge(
     lm: Any, found: Found, tested: dict[str, tasks.Suite], searched: str, space: str, seed: int, ledger: Ledger
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "space": space,
-        "searched on": searched,
-        "seed": seed,
-        "numbers": count_numbers(lm, found.about["space"]),
-    }
+    row: dict[str, Any] = {"space": space, "searched on": searched, "seed": seed}
+    row["numbers"] = count_numbers(lm, found.about["space"])
     row["dose"] = found.choices["dose"][found.choices["chosen"]].sum() if len(found.choices) else 0.0
     for keys, suite in tested.items():
         scalings = [LayerScaling.identity(lm.num_layers), found.scaling]

@@ -23,6 +23,7 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import n_heads
 from lrs_utils.scoring.outcomes import Outcomes
+from lrs_utils.searchers.learned import BANDS
 from lrs_utils.tasks import Suite
 
 FIFTHS = ("first fifth", "second fifth", "middle fifth", "fourth fifth", "last fifth")
@@ -30,7 +31,7 @@ _SPACES = {
     "both": "factors and temperatures of layers", "heads": "head gains and temperatures",
     "outputs": "gains of attention and MLP outputs", "pi_factors": "factors of positions",
     "layers_and_heads": "numbers of layers and heads", "pair_temperatures": "temperatures of pairs of dimensions",
-    "channel_gains": "gains of channels", **{f"bands_{n}": f"factors of {n} bands" for n in (4, 8, 32)},
+    "channel_gains": "gains of channels", **{f"bands_{n}": f"factors of {n} bands" for n in BANDS},
     **{name: name.replace("_", " ") for name in ("factors", "temperatures", "head_gains", "head_temperatures")},
 }  # fmt: skip
 _MARKERS = "so^"  # of no scaling, the one found, one more

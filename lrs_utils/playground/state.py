@@ -40,6 +40,8 @@ class State:
         layers = scaling if heads is None else heads.layers or unscaled
         if not isinstance(layers, LayerScaling) or isinstance(layers, ExtendedScaling):
             raise ValueError("it reads beyond the window, which the playground does not show")
+        if layers.bands is not None:
+            raise ValueError("it has numbers for bands, which the playground does not show")
         if heads is None:
             return State(layers, None, self.curve)
         return State(layers, _of_heads(layers, heads.temperatures, heads.gains, heads.mlp_gains), self.curve)

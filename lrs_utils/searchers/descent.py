@@ -46,8 +46,8 @@ class GradientSearch:
     rate, temperature_rate : float
         Adam's, of the logs; that of temperatures of layers by itself.
     bounds : (low, high), optional
-        Of factors; by default only that the longest context fits into the window, with a tenth to spare (not with
-        `extrapolate`).
+        Of factors and bands; by default only that the longest context fits into the window, with a tenth to spare (not
+        with `extrapolate`).
     every : int
         Steps between candidates.
     questions : int, optional
@@ -169,8 +169,9 @@ class GradientSearch:
                 logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if shared else gradient, dtype=logs.dtype)
         self._adam.step()
         self._cosine.step()
-        if "factors" in self._logs:
-            self._logs["factors"].data.clamp_(*map(math.log, self._bounds))
+        for name, logs in self._logs.items():
+            if name == "factors" or name.startswith("bands_"):
+                logs.data.clamp_(*map(math.log, self._bounds))
         self.visited.append(scaling)
         self.nll.append(losses)
         self.gradients.append(total)
@@ -224,9 +225,9 @@ def _refuse_bad(
 def _find_widest_bounds(lm: LM, suites: Sequence[Suite], start: Scaling, extrapolate: bool) -> tuple[float, float]:
     """Bounds of factors that only keep the longest context within the window, and the start within them."""
     layers = layers_of(start, lm)
-    low = 0.0
+    low, bands = 0.0, [band for row in layers.bands or () for band in row]
     if not extrapolate:
         longest = max(pack(lm, probe, "a context").longest for suite in suites for probe in suite.probes)
-        reach = replace(layers, factors=(1.0,) * lm.num_layers).reach
+        reach = replace(layers, factors=(1.0,) * lm.num_layers, bands=None).reach
         low = 1.1 * longest / (lm.window * (reach if math.isfinite(reach) else 1.0))
-    return min(max(low, 1e-3), *layers.factors), math.inf
+    return min(max(low, 1e-3), *layers.factors, *bands), math.inf

@@ -17,7 +17,7 @@ LAYER_NUMBERS = ("factors", "temperatures")
 HEAD_NUMBERS = ("head_temperatures", "head_gains", "mlp_gains")
 # Those of a head and those of its channels, by which a head's is multiplied there.
 OF_HEADS = {"temperatures": ("head_temperatures", "pair_temperatures"), "gains": ("head_gains", "channel_gains")}
-_BANDS = (4, 8, 32)
+BANDS = (4, 8, 32)  # in a layer
 
 # What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
 SPACES: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ SPACES: dict[str, tuple[str, ...]] = {
     "pi_factors": ("factors",),  # the paper's own numbers: `find_scaling` starts from its scheme "pi", else from "ntk"
     "temperatures": ("temperatures",),
     "both": LAYER_NUMBERS,
-    **{f"bands_{n}": (f"bands_{n}",) for n in _BANDS},
+    **{f"bands_{n}": (f"bands_{n}",) for n in BANDS},
     "head_temperatures": ("head_temperatures",),
     "head_gains": ("head_gains",),
     "heads": ("head_temperatures", "head_gains"),
@@ -50,6 +50,8 @@ def numbers_of(scaling: Scaling, lm: LM, also: Sequence[str] = ()) -> dict[str, 
     found |= {"factors": layers.factors, "temperatures": layers.temperatures, "mlp_gains": heads.mlp_gains}
     if layers.bands is not None:
         found[f"bands_{len(layers.bands[0])}"] = layers.bands
+    if len(cuts := [name for name in found if name.startswith("bands_")]) > 1:
+        raise ValueError(f"a scaling has one number of bands, not {' and '.join(cuts)}; start from one without bands")
     for kind, names in OF_HEADS.items():
         values = getattr(heads, kind)
         found |= {names[0]: None}
@@ -96,10 +98,12 @@ def count_rows(name: str, lm: LM) -> int:
     """How many numbers of a name a layer has."""
     if name.startswith("bands_"):
         return int(name.removeprefix("bands_"))
-    each = {"head_temperatures": 1, "head_gains": 1}
-    if name in ("pair_temperatures", "channel_gains"):
-        each[name] = head_dim(lm.model) // (1 + (name == "pair_temperatures"))
-    return n_heads(lm.model) * each[name] if name in each else 1
+    heads, channels = zip(*OF_HEADS.values(), strict=True)
+    if name in heads:
+        return n_heads(lm.model)
+    if name in channels:
+        return n_heads(lm.model) * head_dim(lm.model) // (2 if name == "pair_temperatures" else 1)
+    return 1
 
 
 def count_numbers(lm: LM, space: str) -> int:
