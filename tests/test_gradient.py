@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lrs_utils import ExtendedScaling, GradientSearch, HeadScaling, LayerScaling
 from lrs_utils.scoring import attention
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers import descent, gradient
-from lrs_utils.searchers.gradient import nll_gradient
+from lrs_utils.searchers.gradient import fits_at_once, gradient_key, nll_gradient, sum_key, sum_nll_gradient
 from lrs_utils.searchers.learned import HEAD_NUMBERS, LAYER_NUMBERS, SPACES, numbers_of, scaling_of
 from lrs_utils.searchers.objectives import mixture
 
@@ -389,6 +390,65 @@ def test_a_mixture_follows_the_weighted_sum(tiny):
     np.testing.assert_allclose([f[0] for f in result.fitness], -(means[0] + 0.5 * means[1]))
 
 
+def test_contexts_that_are_read_at_once_give_the_weighted_sum_of_their_gradients(lm):
+    start, weights = fitting(lm, HEADS), [1.0, 0.5, 0.25]
+    probes = [tasks.kv_retrieval(n, 1, seed=n, keys="short").probes[0] for n in (3, 1)]
+    probes += tasks.continuations("a road that goes on and on; " * 40, 1, words=12, judged=5).probes
+    for numbers in (LAYER_NUMBERS, HEAD_NUMBERS):
+        each = [nll_gradient(lm, probe, start, numbers) for probe in probes]
+        nll, total = sum_nll_gradient(lm, probes, weights, start, numbers)
+        wanted = sum(weight * one for weight, (_, one) in zip(weights, each, strict=True))
+        assert nll == pytest.approx(sum(weight * one for weight, (one, _) in zip(weights, each, strict=True)), rel=1e-5)
+        np.testing.assert_allclose(total, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_where_there_is_room_a_step_reads_its_contexts_at_once(tiny, tmp_path, monkeypatch):
+    other, ledger = tasks.kv_retrieval(3, 2, seed=5, keys="short"), Ledger(tmp_path / "ledger.sqlite")
+
+    def ended(ledger=None):
+        searcher = GradientSearch(
+            tiny, [SUITE, other], weights=[1, 0.5], vary="heads", steps=4, every=4, rate=0.05, ledger=ledger
+        )
+        searcher.ask()
+        [last] = searcher.ask()
+        return searcher, last
+
+    apart, one = ended()
+    monkeypatch.setattr(descent, "fits_at_once", lambda *_: True)
+    at_once, same = ended(ledger)
+    np.testing.assert_allclose(at_once.gradients, apart.gradients, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(at_once.nll, np.dot(apart.nll, [[1], [0.5]]), rtol=1e-4)
+    np.testing.assert_allclose(same.gains, one.gains, rtol=1e-3)
+    assert len(at_once.gradient_keys) == 4
+    assert len(apart.gradient_keys) == 8
+    for scaling, key in zip(at_once.visited, at_once.gradient_keys, strict=True):
+        assert ledger.find_gradient(tiny.fingerprint, scaling.key, key) is not None
+    monkeypatch.setattr(gradient, "_differentiate", lambda *_: pytest.fail("it is known"))
+    assert ended(ledger)[1].key == same.key
+
+
+def test_contexts_are_read_at_once_on_a_gpu_that_has_room_only(tiny, monkeypatch):
+    probes, none = SUITE.probes[:2], LayerScaling.identity(2)
+    assert not fits_at_once(tiny, probes, none)
+    stretched = ExtendedScaling((1.0, 1.0), "dynamic_ntk", extension=2.0)
+    with pytest.raises(ValueError, match="take the gradient of one context at a time"):
+        sum_nll_gradient(tiny, probes, [1, 1], stretched)
+    sizes = SimpleNamespace(total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: sizes)
+    monkeypatch.setattr(type(tiny.model), "device", torch.device("cuda"))
+    assert fits_at_once(tiny, probes, none)
+    assert not fits_at_once(tiny, probes, stretched)
+    sizes.total_memory = 2**20
+    assert not fits_at_once(tiny, probes, none)
+
+
+def test_sums_of_other_contexts_or_weights_are_filed_apart():
+    keys = [gradient_key(probe, "pi") for probe in SUITE.probes]
+    names = {sum_key(some, weights) for some in (keys[:2], keys[1:]) for weights in ([1, 1], [1, 0.5])}
+    assert len(names) == 4
+    assert sum_key(keys[:2], [1, 1]) == sum_key(keys[:2], [1.0, 1.0])
+
+
 def _streams(*sizes):
     rng = np.random.default_rng(0)
     return [(rng.spawn(1)[0], n) for n in sizes]
@@ -439,8 +499,6 @@ def test_a_killed_gradient_search_ends_as_an_undisturbed_one(tmp_path):
 
 
 def test_gradients_ship_with_outcomes(tiny, tmp_path):
-    from lrs_utils.searchers.gradient import gradient_key
-
     ledger = Ledger(tmp_path / "ledger.sqlite")
     searcher, result = descended(tiny, ledger)
     keys = [key for probe in SUITE.probes for key in (*probe.keys, gradient_key(probe, "pi"))]

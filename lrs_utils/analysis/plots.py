@@ -279,22 +279,23 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     table : DataFrame
         As `summary` of tools/benchmark.py gives it.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1, 1.2))
-    lines = {"generate": "model.generate, one by one", "score, all positions": "score, all positions"}
-    for (line, label), colour, marker in zip(lines.items(), _COLOURS, "os", strict=False):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(1, 1))
+    names, ends = {"generate": "generate, one by one", "score, all positions": "score, all positions"}, {}
+    colours = dict(zip(names.values(), _COLOURS, strict=False))
+    for (line, name), marker in zip(names.items(), "os", strict=True):
         rows = table[table["line"] == line].sort_values("pairs")
-        each = rows["seconds_an_answer"]
+        each, ends[name] = rows["seconds_an_answer"], float(rows["seconds_an_answer"].iloc[-1])
         left.errorbar(
-            rows["pairs"], each, yerr=[each - rows["least"], rows["most"] - each], color=colour, marker=marker,
-            markersize=4, capsize=2, label=label,
+            rows["pairs"], each, yerr=[each - rows["least"], rows["most"] - each], color=colours[name], marker=marker,
+            markersize=4, capsize=2,
         )  # fmt: skip
-        left.plot(rows["pairs"], each * rows["share_of_limit"], color=colour, linestyle=":", linewidth=1)
-    left.plot([], [], color="0.4", linestyle=":", linewidth=1, label="their operations at full rate")
-    ticks = sorted(set(table.loc[table["line"] == "generate", "pairs"]))
+        left.plot(rows["pairs"], each * rows["share_of_limit"], color=colours[name], linestyle=":", linewidth=1)
+    ticks = sorted({int(n) for n in table.loc[table["line"] == "generate", "pairs"]})
     left.set(xscale="log", yscale="log", xlabel="pairs in the context", ylabel="seconds an answer")
+    left.set_title("dotted: their operations at full rate", loc="left", fontsize="small")
     left.set_xticks(ticks, [str(n) for n in ticks], minor=False)
     left.minorticks_off()
-    left.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(-0.1, 1))
+    label_ends(left, ticks[-1], ends, colours)
     bars = table[(table["pairs"] == pairs) & ~table["line"].str.endswith("generate")].iloc[::-1]
     ratio = bars["times_faster"]
     right.barh(
@@ -302,7 +303,10 @@ def benchmark(table: pd.DataFrame, pairs: int) -> Figure:
     )
     for y, (value, high) in enumerate(zip(ratio, bars["fastest"], strict=True)):
         right.text(high * 1.05, y, f"{value:.0f}x", va="center", fontsize="small")
-    right.set(xscale="log", xlabel=f"times faster than generate, {pairs} pairs")
+    right.set(xscale="log", xlabel="times faster than generate")
+    right.set_title(f"{pairs} pairs", loc="left", fontsize="small")
+    for axis in (left.yaxis, right.xaxis):
+        axis.set_major_formatter("{x:g}")
     right.set_xlim(min(1, bars["slowest"].min() / 2), bars["fastest"].max() * 2)
     return figure
 

@@ -18,7 +18,7 @@ from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.curves import Fitness
-from lrs_utils.searchers.gradient import PRICE, gradient_key, nll_gradient
+from lrs_utils.searchers.gradient import PRICE, fits_at_once, gradient_key, nll_gradient, sum_key, sum_nll_gradient
 from lrs_utils.searchers.learned import LAYER_NUMBERS, SPACES, layers_of, numbers_of, refuse_space, scaling_of
 from lrs_utils.tasks import Probe, Suite
 
@@ -100,7 +100,7 @@ class GradientSearch:
         self._cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, steps)
         self._drawn = draw_steps(self._suites, questions, seed)
         self._start_asked = False
-        self.nll: list[list[float]] = []  # of each step, suite by suite
+        self.nll: list[list[float]] = []  # of each step, suite by suite or their weighted sum
         self.gradients: list[NDArray[np.float64]] = []  # of each step, (rows, layers), and where it was taken
         self.visited: list[Scaling] = []
         self.gradient_keys: list[str] = []
@@ -151,17 +151,8 @@ class GradientSearch:
         """Nothing: the next step doesn't depend on fitness."""
 
     def _step(self, bar: Progress) -> None:
-        scaling, parts, losses = self.scaling, [], []
-        for weight, probe in zip(self._weights, next(self._drawn), strict=True):
-            nll, gradient = nll_gradient(
-                self._lm, probe, scaling, self._numbers, extrapolate=self._extrapolate, ledger=self._ledger
-            )
-            layers = layers_of(scaling, self._lm)
-            self.gradient_keys.append(gradient_key(probe, layers.scheme, layers.combine, self._numbers))
-            losses.append(nll)
-            parts.append(weight * gradient)
-            bar.advance(PRICE)
-        total = np.sum(parts, axis=0)
+        scaling, probes = self.scaling, next(self._drawn)
+        losses, total = self._differentiate(probes, scaling, bar)
         by_number = np.split(total, np.cumsum([len(self._values[name]) for name in self._numbers])[:-1])
         for name, gradient in zip(self._numbers, by_number, strict=True):
             if (logs := self._logs.get(name)) is not None:
@@ -177,6 +168,27 @@ class GradientSearch:
         self.gradients.append(total)
         shown = ", ".join(f"{value:.3f}" for value in losses)
         bar.advance(0, f"step {len(self.nll)} of {self._steps}, nll {shown}")
+
+    def _differentiate(
+        self, probes: Sequence[Probe], scaling: Scaling, bar: Progress
+    ) -> tuple[list[float], NDArray[np.float64]]:
+        """Each suite's nll, or their weighted sum if all contexts are read at once, and the sum of the gradients."""
+        layers = layers_of(scaling, self._lm)
+        keys = [gradient_key(probe, layers.scheme, layers.combine, self._numbers) for probe in probes]
+        options: dict[str, Any] = {"extrapolate": self._extrapolate, "ledger": self._ledger}
+        if len(probes) > 1 and fits_at_once(self._lm, probes, scaling):
+            self.gradient_keys.append(sum_key(keys, self._weights))
+            nll, total = sum_nll_gradient(self._lm, probes, self._weights, scaling, self._numbers, **options)
+            bar.advance(PRICE * len(probes))
+            return [nll], total
+        self.gradient_keys += keys
+        losses, parts = [], []
+        for weight, probe in zip(self._weights, probes, strict=True):
+            nll, gradient = nll_gradient(self._lm, probe, scaling, self._numbers, **options)
+            losses.append(nll)
+            parts.append(weight * gradient)
+            bar.advance(PRICE)
+        return losses, np.sum(parts, axis=0)
 
 
 def draw_steps(suites: Sequence[Suite], questions: int | None, seed: int) -> Iterator[list[Probe]]:

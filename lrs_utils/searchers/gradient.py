@@ -29,7 +29,8 @@ from lrs_utils.scoring.window import context_tokens, refuse_beyond_window
 from lrs_utils.searchers.learned import LAYER_NUMBERS, OF_HEADS, is_of_layer, layers_of, numbers_of
 from lrs_utils.tasks import Probe
 
-_KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass; above it they are computed twice
+_KEPT_BYTES = 2 * 2**30  # of activations kept for the backward pass on a CPU; above it they are computed twice
+_KEPT_SHARE = 0.25  # the same on a GPU, of its memory
 PRICE = 4  # of a gradient, in answers scored, wherever methods are compared at the same budget (CHOICES.md)
 
 
@@ -69,18 +70,60 @@ def nll_gradient(
     ValueError
         Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
     """
+    _refuse_without_gradient(lm, scaling)
+    compute = partial(_differentiate, lm, [probe], [1.0], scaling, numbers, extrapolate)
     layers = layers_of(scaling, lm)
-    if layers.scheme == "yarn":
+    return _find_or_file(lm, scaling, gradient_key(probe, layers.scheme, layers.combine, numbers), compute, ledger)
+
+
+def sum_nll_gradient(
+    lm: LM,
+    probes: Sequence[Probe],
+    weights: Sequence[float],
+    scaling: Scaling,
+    numbers: Sequence[str] = LAYER_NUMBERS,
+    *,
+    extrapolate: bool = False,
+    ledger: Ledger | None = None,
+) -> tuple[float, NDArray[np.float64]]:
+    """The weighted sum of what `nll_gradient` gives for several contexts, from one pass over all of them.
+
+    It is filed under `sum_key`, apart from the contexts' own.
+    """
+    _refuse_without_gradient(lm, scaling)
+    if scaling.stretches_by_length and len(probes) > 1:
+        raise ValueError(f"{scaling} stretches by a context's length; take the gradient of one context at a time")
+    compute = partial(_differentiate, lm, probes, weights, scaling, numbers, extrapolate)
+    layers = layers_of(scaling, lm)
+    keys = [gradient_key(probe, layers.scheme, layers.combine, numbers) for probe in probes]
+    return _find_or_file(lm, scaling, sum_key(keys, weights), compute, ledger)
+
+
+def fits_at_once(lm: LM, probes: Sequence[Probe], scaling: Scaling) -> bool:
+    """Whether several contexts are better differentiated in one pass: on a GPU, where its memory holds all at once.
+
+    On a CPU nothing is gained, and one at a time each has the same bits whatever goes with it.
+    """
+    device = lm.model.device
+    if device.type == "cpu" or scaling.stretches_by_length:
+        return False
+    n_tokens = sum(len(pack(lm, probe, "a context").ids) for probe in probes)
+    return _count_activation_bytes(lm, n_tokens) <= _count_room(device)
+
+
+def _refuse_without_gradient(lm: LM, scaling: Scaling) -> None:
+    if layers_of(scaling, lm).scheme == "yarn":
         raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
+
+
+def _find_or_file(
+    lm: LM, scaling: Scaling, key: str, compute: Callable[[], tuple[float, NDArray[np.float64]]], ledger: Ledger | None
+) -> tuple[float, NDArray[np.float64]]:
     if ledger is None:
-        return _differentiate(lm, probe, scaling, numbers, extrapolate)
-    key = gradient_key(probe, layers.scheme, layers.combine, numbers)
+        return compute()
     found = ledger.find_gradient(lm.fingerprint, scaling.key, key)
-    if found is None:
-        computed = _differentiate(lm, probe, scaling, numbers, extrapolate)
-        found = ledger.record_gradient(lm.fingerprint, scaling.key, key, *computed)
-    return found
+    return ledger.record_gradient(lm.fingerprint, scaling.key, key, *compute()) if found is None else found
 
 
 def gradient_key(probe: Probe, scheme: str, combine: str = "multiply", numbers: Sequence[str] = LAYER_NUMBERS) -> str:
@@ -92,13 +135,25 @@ def gradient_key(probe: Probe, scheme: str, combine: str = "multiply", numbers: 
     return hashlib.sha256("|".join((scheme, *probe.keys)).encode()).hexdigest()[:16]
 
 
+def sum_key(keys: Sequence[str], weights: Sequence[float]) -> str:
+    """The name of a weighted sum of gradients in a ledger, from the names of the gradients."""
+    terms = [f"{weight!r} {key}" for key, weight in zip(keys, map(float, weights), strict=True)]
+    return hashlib.sha256("|".join(terms).encode()).hexdigest()[:16]
+
+
 def _differentiate(
-    lm: LM, probe: Probe, scaling: Scaling, numbers: Sequence[str], extrapolate: bool
+    lm: LM,
+    probes: Sequence[Probe],
+    weights: Sequence[float],
+    scaling: Scaling,
+    numbers: Sequence[str],
+    extrapolate: bool,
 ) -> tuple[float, NDArray[np.float64]]:
-    packed = pack(lm, probe, "a context")
+    packs = [pack(lm, probe, "a context") for probe in probes]
     if not extrapolate:
-        refuse_beyond_window(lm, packed.longest, scaling, "a context")
-    length = context_tokens(lm, probe) if scaling.stretches_by_length else None
+        for packed in packs:
+            refuse_beyond_window(lm, packed.longest, scaling, "a context")
+    length = context_tokens(lm, probes[0]) if scaling.stretches_by_length else None
     refuse_unscorable(lm)
     device = lm.model.device
     values = numbers_of(scaling, lm, numbers)
@@ -107,7 +162,8 @@ def _differentiate(
     with torch.enable_grad():
         now |= {name: change.exp() * now[name] for name, change in changes.items()}
     run = partial(_run_layers, lm, scaling=scaling, now=now, numbers=numbers)
-    nll, by_number = _differentiate_packed(lm, packed, length, run, list(changes.values()), f" under {scaling}")
+    tensors = list(changes.values())
+    nll, by_number = _differentiate_packed(lm, packs, weights, length, run, tensors, f" under {scaling}")
     gradient = torch.cat(by_number)
     return nll, np.array([[float(f"{value:.5g}") for value in row] for row in gradient.tolist()])
 
@@ -126,18 +182,25 @@ def nll_gradient_by(lm: LM, probe: Probe, tensors: Sequence[Tensor]) -> tuple[fl
     refuse_unscorable(lm)
     packed, none = pack(lm, probe, "a context"), LayerScaling.identity(lm.num_layers)
     refuse_beyond_window(lm, packed.longest, none, "a context")
-    return _differentiate_packed(lm, packed, None, partial(_run_layers, lm, scaling=none, now={}, numbers=()), tensors)
+    run = partial(_run_layers, lm, scaling=none, now={}, numbers=())
+    return _differentiate_packed(lm, [packed], [1.0], None, run, tensors)
 
 
 def _differentiate_packed(
-    lm: LM, packed: Packed, length: int | None, run: Callable[..., Tensor], tensors: Sequence[Tensor], under: str = ""
+    lm: LM,
+    packs: Sequence[Packed],
+    weights: Sequence[float],
+    length: int | None,
+    run: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    under: str = "",
 ) -> tuple[float, list[Tensor]]:
-    """The nll of a packed context whose layers are run by `run`, and its derivative by tensors."""
-    layout = Layout([packed], lm.model.device)
+    """The weighted sum of the nll of packed contexts whose layers are run by `run`, and its derivative by tensors."""
+    layout = Layout(packs, lm.model.device)
     with torch.enable_grad(), PackedForward(lm) as forward:
         forward.stretch_for(length)
         states = run(forward, layout)
-        nll, by_states = _average_nll(forward, layout, packed.owner, states.detach())
+        nll, by_states = _sum_nll(forward, layout, packs, weights, states.detach())
         gradients = [*torch.autograd.grad(states, list(tensors), by_states)]
     if not all(bool(gradient.isfinite().all()) for gradient in gradients):
         raise FloatingPointError(f"{lm.name} gave a non-finite gradient{under}; try dtype float32")
@@ -154,7 +217,7 @@ def _run_layers(
 ) -> Tensor:
     """The last layer's output where the numbers are `now`, in a form that `numbers` can be differentiated through."""
     layers = layers_of(scaling, lm)
-    keeps_all = _count_activation_bytes(lm, layout.length) <= _KEPT_BYTES
+    keeps_all = _count_activation_bytes(lm, layout.length) <= _count_room(lm.model.device)
     run: Callable[..., Tensor] = operator.call if keeps_all else _compute_twice
     of_layers, heads = any(map(is_of_layer, numbers)), n_heads(lm.model)
     bands = next((rows for name, rows in now.items() if name.startswith("bands_")), None)
@@ -184,28 +247,40 @@ def _multiply(numbers: Sequence[Tensor]) -> Tensor | None:
     return reduce(operator.mul, numbers)[None] if numbers else None
 
 
-def _average_nll(
-    forward: PackedForward, layout: Layout, owners: NDArray[np.int64], states: Tensor
+def _sum_nll(
+    forward: PackedForward, layout: Layout, packs: Sequence[Packed], weights: Sequence[float], states: Tensor
 ) -> tuple[float, Tensor]:
-    """The mean over questions of their answers' mean nll, and its gradient by the last layer's output.
+    """The weighted sum of contexts' nll, each a mean over questions, and its gradient by the last layer's output.
 
     A few hundred tokens at a time, forward and at once backward: logits over a vocabulary are large.
     """
-    owner = torch.as_tensor(owners, device=states.device)
-    n_tokens = owner.bincount()
-    share = 1 / (n_tokens[owner] * len(n_tokens))  # of a token in the mean
+    answers = []  # of each context: tokens of the answer that each of its tokens is in, and how many answers there are
+    for packed in packs:
+        owner = torch.as_tensor(packed.owner, device=states.device)
+        n_tokens = owner.bincount()
+        answers.append((n_tokens[owner], len(n_tokens)))
+    shares = [weight / (n_tokens * n) for weight, (n_tokens, n) in zip(weights, answers, strict=True)]
     at_tokens, gradient, losses = layout.predicted_at.to(states.device), torch.zeros_like(states), []
-    pieces = (torch.split(x, 256) for x in (at_tokens, layout.targets.to(states.device), share))
+    pieces = (torch.split(x, 256) for x in (at_tokens, layout.targets.to(states.device), torch.cat(shares)))
     for at, targets, of in zip(*pieces, strict=True):
         some = states[0, at].requires_grad_()
         loss = F.cross_entropy(forward.logits(some).float(), targets, reduction="none")
         losses.append(loss.detach())
         gradient[0, at] = torch.autograd.grad(loss, some, of.to(loss.dtype))[0]
-    return (torch.cat(losses) / n_tokens[owner]).sum().item() / len(n_tokens), gradient
+    by_context = torch.split(torch.cat(losses), [len(n_tokens) for n_tokens, _ in answers])
+    nll = [(loss / n_tokens).sum().item() / n for loss, (n_tokens, n) in zip(by_context, answers, strict=True)]
+    return sum(weight * value for weight, value in zip(weights, nll, strict=True)), gradient
 
 
 def _compute_twice(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _count_room(device: torch.device) -> float:
+    """Bytes of activations that may be kept: of a GPU a share of all its memory, the same whatever else runs there."""
+    if device.type != "cuda":
+        return _KEPT_BYTES
+    return _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def _count_activation_bytes(lm: LM, n_tokens: int) -> int:
