@@ -21,10 +21,8 @@ def make_with_base(base: float, share: float, folder: Path) -> LM:
     return load_lm(str(made), dtype="float32", device="cpu")
 
 
-def scale_all_layers(
-    lm: LM, factors: Sequence[float], *, n_contexts: int, seed: int, length: int = small.WINDOW
-) -> pd.DataFrame:
-    """Accuracy and nll of pairs that fill the window, for one factor in all layers.
+def scale_all_layers(lm: LM, factors: Sequence[float], *, n_contexts: int, seed: int, length: int) -> pd.DataFrame:
+    """Accuracy and nll of pairs that fill `length` tokens, for one factor in all layers.
 
     Returns
     -------
@@ -42,10 +40,10 @@ def scale_all_layers(
 
 
 def measure_base(
-    base: float, share: float, folder: Path, factors: Sequence[float], n_contexts: int, seed: int
+    base: float, share: float, folder: Path, factors: Sequence[float], n_contexts: int, seed: int, length: int
 ) -> pd.DataFrame:
     """The model with a base, made and scaled, and the wavelength of its slowest pair of dimensions in windows."""
     lm = make_with_base(base, share, folder)
     slowest = 2 * np.pi / float(lm.model.model.rotary_emb.inv_freq.min())
-    rows = scale_all_layers(lm, factors, n_contexts=n_contexts, seed=seed)
+    rows = scale_all_layers(lm, factors, n_contexts=n_contexts, seed=seed, length=length)
     return rows.assign(base=base, slowest=slowest / lm.window)

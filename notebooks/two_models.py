@@ -3,20 +3,20 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import process_time
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+from model_layers import split_by_kind
 
-from lrs_utils import LM, GeneticSearch, LayerScaling, Ledger, find_scaling, score, search, tasks
-from lrs_utils.analysis.attention import attention, induction_scores
+from lrs_utils import LM, GeneticSearch, LayerScaling, Ledger, find_scaling, save_factors, score, search, tasks
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
 from lrs_utils.finding.parts import divide
 from lrs_utils.finding.recipe import default_texts
-from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import read_key
+from lrs_utils.scoring.window import context_tokens
 from lrs_utils.searchers.objectives import utilisation_then_nll
 
 # What the gradient learns, by the name that a reader sees.
@@ -162,6 +162,18 @@ class Trial:
         keys = dict.fromkeys([LayerScaling.identity(self.lm.num_layers).key, *scalings, *parts])
         return [(fingerprint, key) for key in keys], [k for suite in suites for p in suite.probes for k in p.keys]
 
+    def save(self, path: Path, row: pd.Series, **about: Any) -> None:
+        """A judged row's scaling as a factor file that says what it is valid for and what it gained."""
+        suite = self.make_suite(5, _JUDGED["contexts"])
+        tokens = [context_tokens(self.lm, probe) for probe in suite.probes]
+        held_out = {name: row[name] for name in ("accuracy", "points", "low", "high", "p", "by fifth", "perplexity")}
+        save_factors(
+            path, read_key(str(row["scaling"])), model=self.lm.name, fingerprint=self.lm.fingerprint, method=row.name,
+            limit=row["limit"], held_out=held_out,
+            valid_for=[{"task": suite.name, "tokens": [min(tokens), max(tokens)]}],
+            seeds={"search": int(row["seed"]), "test contexts": _JUDGED["contexts"]}, **about,
+        )  # fmt: skip
+
     def compare_kinds(self, key: str, n_contexts: int) -> dict[str, Interval]:
         """Points gained by a scaling's factors of sliding layers only, and of full layers only."""
         suite, parts = self.make_suite(n_contexts, _JUDGED["contexts"]), split_by_kind(self.lm, read_key(key))
@@ -203,160 +215,3 @@ def _compare(
         "by fifth": " ".join(f"{change:+.0f}" for change in 100 * fifths.mean(axis=0)),
         "perplexity": 100 * np.expm1((text_after - text_before).mean()),
     }  # fmt: skip
-
-
-def describe_model(lm: LM) -> dict[str, str]:
-    """What matters for positions, in words."""
-    config, windows = lm.model.config.get_text_config(), list_windows(lm)
-    sliding = sorted({window for window in windows if window})
-    ropes = config.rope_parameters if "rope_theta" not in config.rope_parameters else {"all": config.rope_parameters}
-    bases = sorted({rope["rope_theta"] for rope in ropes.values()})
-    weights = sum(parameter.numel() for parameter in lm.model.parameters())
-    attention = lm.model.get_submodule("model.layers.0.self_attn")
-    return {
-        "weights": f"{weights / 1e6:,.0f} million",
-        "layers": str(lm.num_layers),
-        "layers that see the whole context": str(windows.count(0)),
-        "tokens that the others see": ", ".join(f"{window:,}" for window in sliding) or "all see the whole",
-        "query heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
-        "norm of queries and keys": "yes" if hasattr(attention, "q_norm") else "no",
-        "base of RoPE": ", ".join(f"{base:,.0f}" for base in bases),
-        "window (tokens)": f"{lm.window:,}",
-    }
-
-
-def describe_layers(
-    lm: LM, ledger: Ledger, n_pairs: int, factor: float, *, n_contexts: int, n_texts: int, seed: int
-) -> pd.DataFrame:
-    """What each layer sees, how widely it looks, whether it copies, and what scaling it alone costs.
-
-    Returns
-    -------
-    DataFrame
-        A row for each layer: "sees" (tokens of a sliding window, 0 for all), "entropy" (of the last query, divided by
-        that of even attention), "previous token" and "prefix matching" (its best head's scores, as
-        `induction_scores`), and the change of the answers' nll under each scheme with its interval over contexts.
-    """
-    suite = tasks.kv_retrieval(n_pairs, n_contexts, seed, keys="short")
-    entropy = []
-    for number, probe in enumerate(suite.probes[:n_texts]):
-        q = probe.questions[(2 * number + 1) * len(probe.questions) // (2 * n_texts)]
-        ids = lm.tokenizer(probe.context + q.prompt + q.answer_prefix)["input_ids"]
-        seen = np.array([min(len(ids), window or len(ids)) for window in list_windows(lm)])
-        entropy.append(attention(lm, ids, queries=1).entropy[..., 0].mean(axis=1) / np.log(seen))
-    heads = induction_scores(lm, seed=seed, n_texts=n_texts).groupby("layer").max()
-    table = pd.DataFrame({"sees": list_windows(lm), "entropy": np.mean(entropy, axis=0)}).join(heads)
-    for scheme in ("pi", "ntk"):
-        alone = [LayerScaling.one_layer(layer, factor, lm.num_layers, scheme) for layer in range(lm.num_layers)]
-        nll = score(lm, suite, [LayerScaling.identity(lm.num_layers), *alone], ledger=ledger).nll.mean(axis=2)
-        changes = [bootstrap_mean(after - nll[0]) for after in nll[1:]]
-        for name in ("mean", "low", "high"):
-            table[f"{scheme}, {name}"] = [float(getattr(change, name)) for change in changes]
-    return table.rename_axis("layer").reset_index()
-
-
-def summarise_layers(rows: pd.DataFrame) -> dict[str, Any]:
-    """What `describe_layers` says of a model: its most harmful layer, what is in it, how entropy goes over layers."""
-    harm, previous = rows["pi, mean"].to_numpy(float), rows["previous token"].to_numpy(float)
-    worst = int(harm.argmax())
-    return {
-        "most harmful layer": worst,
-        "its harm (nats)": float(harm[worst]),
-        "all others together": float(harm.sum() - harm[worst]),
-        "its previous-token head": float(previous[worst]),
-        "rank of that head": int((previous > previous[worst]).sum()) + 1,
-        "what it sees": f"{rows['sees'].iloc[worst]} tokens" if rows["sees"].iloc[worst] else "everything",
-        "entropy over the layers": float(rows["layer"].corr(rows["entropy"], method="spearman")),
-    }
-
-
-def list_windows(lm: LM) -> list[int]:
-    """Tokens that each layer sees; 0 for all."""
-    config = lm.model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * lm.num_layers
-    return [config.sliding_window if kind == "sliding_attention" else 0 for kind in kinds]
-
-
-def split_by_kind(lm: LM, scaling: Scaling) -> dict[str, LayerScaling]:
-    """A scaling of layers with the factors of one kind of layers only, the others at 1."""
-    assert isinstance(scaling, LayerScaling)
-    parts = {}
-    for kind, wanted in (("sliding layers only", True), ("full layers only", False)):
-        factors = [f if bool(w) == wanted else 1.0 for f, w in zip(scaling.factors, list_windows(lm), strict=True)]
-        parts[kind] = LayerScaling(factors, scheme=scaling.scheme)
-    return parts
-
-
-def draw_layers(values: pd.Series, windows: Sequence[int], *, ylabel: str, ax: Axes) -> None:
-    """A bar for each layer, those that see the whole context dark; the highest carries its number."""
-    ax.bar(values.index, values, color=["0.75" if window else "0.25" for window in windows])
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    top = int(values.to_numpy().argmax())
-    ax.annotate(
-        f"layer {top}", (top, float(values.max())), (0, 2), textcoords="offset points", ha="center", fontsize="small"
-    )
-    ax.set(ylabel=ylabel, xlim=(-0.7, len(values) - 0.3))
-    ax.margins(y=0.2)
-
-
-def give_verdicts(
-    picked: Mapping[str, pd.DataFrame],
-    facts: Mapping[str, Mapping[str, Any]],
-    halves: Mapping[tuple[str, str], Sequence[float]],
-    kept: Mapping[float, float],
-) -> pd.DataFrame:
-    """Claims as rows, models as columns: the number that each model gives, and whether both agree.
-
-    Parameters
-    ----------
-    picked : mapping of a model to the rows of `pick`
-    facts : mapping of a model to what `summarise_layers` says
-    halves : mapping of (model, "factor" or "temperature") to its means over the first and second half of the layers
-    kept : mapping of a base of RoPE to the share of accuracy that is left under the paper's scheme
-    """
-
-    def gain(rows: pd.DataFrame, method: str) -> tuple[bool, str]:
-        points, low, high = (float(rows.at[method, name]) for name in ("points", "low", "high"))  # type: ignore[arg-type]
-        return low > 0, f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-    def gain_more(rows: pd.DataFrame) -> tuple[bool, str]:
-        numbers = rows.loc[[MAIN[2], MAIN[1]], ["points", "low", "high"]].to_numpy(float)
-        return bool(numbers[0, 1] > numbers[1, 2]), f"{numbers[0, 0] - numbers[1, 0]:+.1f}"
-
-    claims: dict[str, dict[str, tuple[bool, str]]] = {}
-    for claim, method in {
-        "one factor for all layers gains (points)": "one factor (pi)",
-        "the paper's algorithm gains (points)": "the paper's GA",
-        "the paper's scheme gains by gradient (points)": "layers, pi factors",
-        "numbers of layers gain under ntk (points)": MAIN[1],
-        "numbers of heads gain (points)": MAIN[2],
-    }.items():
-        claims[claim] = {model: gain(rows, method) for model, rows in picked.items()}
-    claims["heads gain more than layers (points)"] = {model: gain_more(rows) for model, rows in picked.items()}
-    claims["one layer costs more than all others together (nats)"] = {
-        model: (of["its harm (nats)"] > of["all others together"],
-                f"{of['its harm (nats)']:.2f}, {of['all others together']:.2f}")
-        for model, of in facts.items()
-    }  # fmt: skip
-    claims["it holds the best previous-token head (rank)"] = {
-        model: (of["rank of that head"] == 1, str(of["rank of that head"])) for model, of in facts.items()
-    }
-    claims["early layers look more widely than late ones (rank correlation)"] = {
-        model: (of["entropy over the layers"] < 0, f"{of['entropy over the layers']:+.2f}")
-        for model, of in facts.items()
-    }
-    for what in ("factor", "temperature"):
-        claims[f"useful {what}s rise from early to late layers (means of halves)"] = {
-            model: (second > first, f"{first:.2f}, {second:.2f}")
-            for (model, kind), (first, second) in halves.items()
-            if kind == what
-        }
-    rows = {claim: {model: f"{'yes' if yes else 'no'}: {number}" for model, (yes, number) in of.items()}
-            for claim, of in claims.items()}  # fmt: skip
-    table = pd.DataFrame(rows).T.rename_axis("claim")
-    answers = [{yes for yes, _ in of.values()} for of in claims.values()]
-    table["both"] = ["yes" if a == {True} else "no" if a == {False} else "differ" for a in answers]
-    smallest, largest = min(kept), max(kept)
-    shares = f"{kept[smallest]:.0%} kept at base {smallest:,.0f}, {kept[largest]:.0%} at {largest:,.0f}"
-    table.loc["a small base bears division better (models made here)"] = [shares, *[""] * (len(picked) - 1), ""]
-    return table

@@ -31,6 +31,6 @@ def test_a_model_is_made_once(lm, tmp_path, monkeypatch):
     for _ in range(2):
         make_with_base(1000, 0.5, tmp_path)
     assert made == [{"share": 0.5, "rope_theta": 1000.0}]
-    rows = measure_base(1000, 0.5, tmp_path, [1.0], 1, 0)
+    rows = measure_base(1000, 0.5, tmp_path, [1.0], 1, 0, 128)
     assert (rows["base"] == 1000).all()
     assert rows["slowest"].iloc[0] == pytest.approx(2 * 3.14159265 * 10_000 ** (30 / 32) / 256, rel=1e-3)  # the copy's

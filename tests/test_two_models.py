@@ -5,20 +5,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import two_models
-from two_models import (
-    MAIN,
-    SPACES,
-    Trial,
-    correct,
+from model_layers import (
     describe_layers,
     describe_model,
     draw_layers,
     list_windows,
-    read_key,
     split_by_kind,
+    summarise_layers,
 )
+from two_models import MAIN, SPACES, Trial, correct, pick, read_key
+from verdicts import average_halves, give_verdicts
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_factors, load_lm
+from lrs_utils.scaling.files import read_factors
 
 
 @pytest.fixture
@@ -117,3 +116,62 @@ def test_factors_of_one_kind_of_layers_leave_the_others_at_one(tmp_path):
     assert parts["sliding layers only"].factors == (1.3, 1.0)
     assert parts["full layers only"].factors == (1.0, 0.7)
     assert {part.scheme for part in parts.values()} == {"ntk"}
+
+
+def rows_of(points, factors, seed=0):
+    """Judged rows of one search of every method: (points, half the width of their interval) by method."""
+    layers = LayerScaling(factors, "ntk").key
+    return pd.DataFrame(
+        [
+            {"method": method, "seed": seed, "limit": 0.01, "scaling": layers, "model": "m", "points": mean,
+             "low": mean - wide, "high": mean + wide}
+            for method, (mean, wide) in points.items()
+        ]
+    )  # fmt: skip
+
+
+def test_a_verdict_needs_every_seed_of_a_method():
+    points = {"one factor (pi)": (-1, 0.5), "layers, pi factors": (1, 2)}
+    points |= {MAIN[0]: (5, 1), MAIN[1]: (8, 1), MAIN[2]: (60, 2)}
+    first = rows_of(points, (0.5, 0.5, 2.0, 2.0))
+    second = rows_of({name: points[name] for name in MAIN} | {MAIN[0]: (-2, 1)}, (2.0, 2.0, 0.5, 0.5), seed=1)
+    by_seed = {"m": [pick(pd.concat([first, second]), "m", 0.01, seed) for seed in (0, 1)]}
+    halves = average_halves(by_seed)
+    np.testing.assert_allclose(halves["m", "factor"], [(0.5, 2.0), (2.0, 0.5)])
+    np.testing.assert_allclose(halves["m", "temperature"], [(1, 1), (1, 1)])
+    facts = summarise_layers(
+        pd.DataFrame({"layer": range(4), "pi, mean": [0.1, 0.7, 0.2, 0.1], "previous token": [0.9, 0.8, 0.1, 0.1],
+                      "sees": [0, 512, 0, 0], "entropy": [4, 3, 2, 1]})
+    )  # fmt: skip
+    table = give_verdicts(by_seed, {"m": facts}, halves, {1000: 0.5, 10_000: 0.25})
+    answers = table["m"].str.partition(":")
+    assert answers[0].to_dict() == {
+        "one factor for all layers gains (points)": "no",
+        "the paper's algorithm gains (points)": "no",
+        "the paper's scheme gains by gradient (points)": "no",
+        "numbers of layers gain under ntk (points)": "yes",
+        "numbers of heads gain (points)": "yes",
+        "heads gain more than layers (mean of points)": "yes",
+        "one layer costs more than all others together (nats)": "yes",
+        "it holds the best previous-token head (rank)": "no",
+        "early layers look more widely than late ones (rank correlation)": "yes",
+        "useful factors rise from early to late layers (means of halves)": "no",
+        "useful temperatures rise from early to late layers (means of halves)": "no",
+        "a small base bears the paper's scheme better (models made here)": "yes",
+    }
+    assert answers[2]["the paper's algorithm gains (points)"] == " +5.0, -2.0"
+    assert answers[2]["one factor for all layers gains (points)"] == " -1.0 [-1.5, -0.5]"
+    assert answers[2]["heads gain more than layers (mean of points)"] == " +52.0"
+
+
+def test_a_saved_scaling_says_what_it_is_valid_for(trial, fewer_texts, tmp_path):
+    gains = HeadScaling(gains=np.linspace(0.4, 1.6, 8).reshape(2, 4))
+    searches = pd.DataFrame({"method": ["heads, gains"], "seed": 0, "limit": 0.01, "scaling": [gains.key]})
+    row = trial.judge(searches, 2, 2).assign(model="m").pipe(pick, "m", 0.01).loc["heads, gains"]
+    trial.save(tmp_path / "f.json", row, command="papermill")
+    assert load_factors(tmp_path / "f.json") == gains
+    content = read_factors(tmp_path / "f.json")
+    [valid] = content["valid_for"]
+    assert valid["task"] == "kv-short-3"
+    assert content["held_out"]["accuracy"] == row["accuracy"]
+    assert (content["method"], content["command"]) == ("heads, gains", "papermill")
