@@ -22,6 +22,7 @@ from record import DECODED_NAME, GENETIC_NAME, GOALS
 from lrs_utils.finding.recipe import AUTO
 from lrs_utils.notebook import ROOT
 
+_MODELS = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
 _TABLE = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 READMES = tuple(ROOT / folder / "README.md" for folder in ("", "data/results", "notebooks"))
 
@@ -84,7 +85,7 @@ def _expect() -> list[dict[str, str]]:
     calls = [r for r in _rows("record") if r["method"] == "find_scaling" and r["model"] != "smollm2-135m"]
     for r in {(r["model"], r["keys"]): r for r in calls}.values():  # the last call of each, with the most steps
         points = [r[n] for n in ("points", "low", "high")]
-        task, model = f"kv-{r['keys']}-{r['pairs']}", {"gemma3-270m": "Gemma 3 270M"}.get(r["model"], r["model"])
+        task, model = f"kv-{r['keys']}-{r['pairs']}", _MODELS[r["model"]]
         row = _expected(task, r["no scaling"], r["accuracy"], points, r["perplexity %"], 60 * r["minutes"])
         rows.append(row | {"model": model})
     return rows
@@ -294,6 +295,29 @@ def _record() -> list[dict[str, str]]:
     return table
 
 
+def _two_models() -> list[dict[str, str]]:
+    """Every method of notebook 10: points of each search at the limit, and what they took of perplexity."""
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    rows = [r for r in _rows("two_models") if r["method"] != "no scaling"]
+    repeated = {r["method"] for r in rows if r["seed"]}
+    for r in rows:
+        limit = "" if pd.isna(r["limit"]) else f"{100 * r['limit']:g} %"
+        row = table.setdefault((r["method"], limit), {"method": r["method"], "limit": limit})
+        interval = "" if r["method"] in repeated else f" [{r['low']:+.1f}, {r['high']:+.1f}]"
+        new = {"": f"{r['points']:+.1f}{interval}", ": perplexity (%)": f"{r['perplexity']:+.1f}"}
+        for name, text in new.items():
+            column = _MODELS[r["model"]] + name
+            row[column] = f"{row[column]}, {text}" if column in row else text
+    return [*table.values()]
+
+
+def _verdicts() -> list[dict[str, str]]:
+    return [
+        {_MODELS.get(name, name): "" if pd.isna(value) else str(value) for name, value in r.items()}
+        for r in _rows("two_models_verdicts")
+    ]
+
+
 def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
     """Name and question of every notebook, with the figure of its name, else the first figure that a README shows."""
     rows, shown = [], "".join(_TABLE.sub("", path.read_text(encoding="utf-8")) for path in READMES)
@@ -316,6 +340,7 @@ TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
     "cream": _cream, "cream_large": _cream_large, "bench": _bench, "gradient": _gradient, "record": _record,
+    "two_models": _two_models, "verdicts": _verdicts,
     "map": partial(_notebooks, "notebooks/", True), "notebooks": partial(_notebooks, "", False),
 }  # fmt: skip
 
