@@ -58,7 +58,9 @@ def with_numbers(values, lm):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # without and with a norm of queries
-@pytest.mark.parametrize("name", [*HEAD_NUMBERS, "pair_temperatures", "channel_gains", "factors", "bands_4"])
+@pytest.mark.parametrize(
+    "name", [*HEAD_NUMBERS, "pair_temperatures", "channel_gains", "factors", "bands_4", "head_factors"]
+)
 def test_the_gradient_by_numbers_of_heads_is_the_slope_of_what_score_measures(family, name):
     lm = load_lm(f"tiny-{family}", dtype="float64", device="cpu")
     suite = tasks.kv_retrieval(2, 1, keys="short")
@@ -66,9 +68,16 @@ def test_the_gradient_by_numbers_of_heads_is_the_slope_of_what_score_measures(fa
     assert with_numbers(values, lm).key == HEADS.key
     nll, gradient = nll_gradient(lm, suite.probes[0], HEADS, [name])
     assert nll == pytest.approx(score(lm, suite, [HEADS]).nll.mean(), abs=1e-5)
-    rows = {"head_temperatures": 4, "head_gains": 4, "pair_temperatures": 16, "channel_gains": 32, "bands_4": 4}
+    rows = {
+        "head_temperatures": 4,
+        "head_gains": 4,
+        "head_factors": 4,
+        "pair_temperatures": 16,
+        "channel_gains": 32,
+        "bands_4": 4,
+    }
     assert gradient.shape == values[name].shape == (rows.get(name, 1), 2)
-    h = 2e-4 if name in ("factors", "bands_4") else 5e-3  # of a log
+    h = 2e-4 if name in ("factors", "bands_4", "head_factors") else 5e-3  # of a log
     sides = []
     for index in np.ndindex(values[name].shape):
         for sign in (h, -h):
@@ -227,7 +236,7 @@ def numbers_changed(scaling, start, lm):
 FIELDS = {
     "factors": "factor", "temperatures": "temperature", "bands_4": "bands", "head_temperatures": "head_temperatures",
     "pair_temperatures": "head_temperatures", "head_gains": "head_gains", "channel_gains": "head_gains",
-    "mlp_gains": "mlp_gain",
+    "mlp_gains": "mlp_gain", "head_factors": "head_factors",
 }  # fmt: skip
 FITTING = [space for space in SPACES if space not in ("bands_8", "bands_32")]  # four frequencies are four bands at most
 

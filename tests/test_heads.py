@@ -200,7 +200,7 @@ def test_a_folded_model_is_a_plain_one_that_computes_the_same(lm, ids, scaling):
 def test_temperatures_of_layers_fold_and_factors_do_not(lm, ids):
     temperatures = fitting(lm, LayerScaling((1, 1), temperatures=(0.6, 1.4)))
     close(logits(temperatures.fold_into(lm.model), ids), scaled_logits(lm, temperatures, ids))
-    with pytest.raises(ValueError, match=f"factors of layers change cos and sin, which no weight of {lm.name} holds"):
+    with pytest.raises(ValueError, match=f"factors change cos and sin, which no weight of {lm.name} holds"):
         HeadScaling(gains=GAINS, layers=fitting(lm, LAYERS)).fold_into(lm.model)
     with pytest.raises(ValueError, match="the factor of layer 1 changes cos and sin"):
         LayerScaling((1.0, 1.2)).fold_into(lm.model)
@@ -344,7 +344,7 @@ def test_a_second_application_is_refused_and_leaves_the_first(tiny, ids):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "needs temperatures, gains, mlp_gains or layers; all are None"),
+        ({}, "needs temperatures, gains, mlp_gains, factors or layers; all are None"),
         ({"gains": [1.0, 2.0]}, r"gains has shape \(2,\); it must be \(layers, heads\)"),
         ({"mlp_gains": [[1.0, 2.0]]}, r"mlp_gains has shape \(1, 2\); it must be \(layers,\)"),
         ({"temperatures": []}, r"temperatures has shape \(0,\)"),

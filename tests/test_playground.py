@@ -260,6 +260,7 @@ def test_a_file_of_a_curve_brings_its_control_points_and_numbers_of_heads_are_ke
             LayerScaling((1.1,) * 8, bands=[[1.2, 0.9]] * 8),
             "it has numbers for bands, which the playground does not show",
         ),
+        (HeadScaling(factors=np.full((8, 4), 1.1)), "it has factors of heads, which the playground does not show"),
         ("{}", "is not a factor file"),
     ],
 )

@@ -176,7 +176,7 @@ def _watch_attention(lm: LM, ids: Sequence[int], watcher: Watcher) -> None:
     if len(ids) > lm.window:
         raise ValueError(f"the text has {len(ids):,} tokens, but {lm.name} reads {lm.window:,}; use a shorter one")
     refuse_unscorable(lm)
-    with attending_by(lm, "lrs_watched"):
+    with attending_by(lm.model, "lrs_watched"):
         token = _watcher.set(watcher)
         try:
             lm.model(torch.tensor([list(ids)], device=lm.model.device), use_cache=False, logits_to_keep=1)

@@ -32,7 +32,8 @@ _SPACES = {
     "outputs": "gains of attention and MLP outputs", "pi_factors": "factors of positions",
     "layers_and_heads": "numbers of layers and heads", "pair_temperatures": "temperatures of pairs of dimensions",
     "channel_gains": "gains of channels", **{f"bands_{n}": f"factors of {n} bands" for n in BANDS},
-    **{name: name.replace("_", " ") for name in ("factors", "temperatures", "head_gains", "head_temperatures")},
+    **{name: name.replace("_", " ") for name in ("factors", "temperatures")},
+    **{f"head_{name}": f"head {name}" for name in ("factors", "gains", "temperatures")},
 }  # fmt: skip
 _MARKERS = "so^"  # of no scaling, the one found, one more
 _REPEATS = ("near repeats", "trigrams seen before")
@@ -271,7 +272,11 @@ def _list_maps(scaling: Scaling, lm: LM) -> dict[tuple[str, str], tuple[tuple[fl
     """Numbers of which a layer has several, (layers, numbers), by the name of one and what has it."""
     found, heads = {}, n_heads(lm.model)
     if isinstance(scaling, HeadScaling):
-        for name, numbers, of in (("gain", scaling.gains, "channel"), ("temperature", scaling.temperatures, "pair")):
+        of_heads = {
+            "gain": (scaling.gains, "channel"), "temperature": (scaling.temperatures, "pair"),
+            "factor": (scaling.factors, ""),
+        }  # fmt: skip
+        for name, (numbers, of) in of_heads.items():
             if numbers:
                 found[name, "head" if len(numbers[0]) == heads else of] = numbers
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling

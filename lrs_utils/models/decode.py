@@ -7,7 +7,7 @@ from types import EllipsisType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
@@ -31,7 +31,7 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
     -------
     int tensor, shape (rows, at most n_tokens): the new tokens
     """
-    _refuse_training(lm)
+    _refuse_training(lm.model)
     end, named = lm.tokenizer.eos_token_id, getattr(lm.model.generation_config, "eos_token_id", None)
     ends = [*{end, *(named if isinstance(named, list) else [named])} - {None}]
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -46,18 +46,18 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
 
 
 @contextmanager
-def attending_by(lm: LM, name: str) -> Iterator[None]:
-    """Let the model's layers attend by a function registered with transformers' `AttentionInterface`."""
-    _refuse_training(lm)
-    with used_alone(lm.model):
-        before = lm.model.config._attn_implementation
-        lm.model.set_attn_implementation(name)
-        if lm.model.config._attn_implementation != name:
-            raise ValueError(f"{type(lm.model).__name__} does not run on transformers' attention interface")
+def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model's layers attend by a function registered with transformers' `AttentionInterface`."""
+    _refuse_training(model)
+    with used_alone(model):
+        before = model.config._attn_implementation
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise ValueError(f"{type(model).__name__} does not run on transformers' attention interface")
         try:
             yield
         finally:
-            lm.model.set_attn_implementation(before)
+            model.set_attn_implementation(before)
 
 
 def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: Mapping[str, Any]) -> int | None:
@@ -79,7 +79,9 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
     return None
 
 
-def _refuse_training(lm: LM) -> None:
+def _refuse_training(model: PreTrainedModel) -> None:
     """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
-    if lm.model.training:
-        raise ValueError(f"{lm.name} is in training mode, where dropout changes its answers; call model.eval() first")
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where dropout changes its answers; call model.eval() first"
+        )

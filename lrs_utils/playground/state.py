@@ -42,6 +42,8 @@ class State:
             raise ValueError("it reads beyond the window, which the playground does not show")
         if layers.bands is not None:
             raise ValueError("it has numbers for bands, which the playground does not show")
+        if heads is not None and heads.factors is not None:
+            raise ValueError("it has factors of heads, which the playground does not show")
         if heads is None:
             return State(layers, None, self.curve)
         return State(layers, _of_heads(layers, heads.temperatures, heads.gains, heads.mlp_gains), self.curve)

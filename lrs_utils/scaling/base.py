@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC, SCHEMES
+from lrs_utils.scaling.rotation import Region
 
 
 class Setting(NamedTuple):
@@ -27,10 +28,17 @@ class Setting(NamedTuple):
     head_temperatures: tuple[float, ...] = ()  # none: 1 for every head; or for every pair of its dimensions
     head_gains: tuple[float, ...] = ()  # none: 1 for every head; or for every channel
     mlp_gain: float = 1.0
+    head_factors: tuple[float, ...] = ()  # none: 1 for every head; each multiplies the layer's
+    regions: tuple[Region, ...] = ()  # none: every distance is read as it is
+
+    @property
+    def rotates_itself(self) -> bool:
+        """Its attention rotates queries and keys (`rotation`), since one table for the layer wouldn't do."""
+        return bool(self.head_factors or self.regions)
 
     @property
     def positions(self) -> "Setting":
-        """What cos and sin depend on."""
+        """What the rotation of queries and keys depends on."""
         return self._replace(head_temperatures=(), head_gains=(), mlp_gain=1.0)
 
 

@@ -16,11 +16,11 @@ from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC
 
-# 2: numbers of heads, 3: of bands, which a reader of an earlier version would leave out silently
-_FORMAT, _VERSIONS = "lrs-factors", (1, 2, 3)
+# 2: numbers of heads, 3: of bands, 4: factors of heads, which a reader of an earlier version would leave out silently
+_FORMAT, _VERSIONS = "lrs-factors", (1, 2, 3, 4)
 _SHIPPED = files("lrs_utils") / "data" / "factors"
 _LAYER_KEYS = {"scheme", "factors", "temperatures", "bands", "extension", "combine"}
-_HEAD_KEYS = {"head_temperatures", "head_gains", "mlp_gains"}
+_HEAD_KEYS = {"head_temperatures", "head_gains", "mlp_gains", "head_factors", "head_scheme"}
 _RESERVED = {"format", "version", *_LAYER_KEYS, *_HEAD_KEYS}
 
 
@@ -47,6 +47,8 @@ def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
     if isinstance(scaling, HeadScaling):
         content |= {"head_temperatures": scaling.temperatures, "head_gains": scaling.gains}
         content |= {} if scaling.mlp_gains is None else {"mlp_gains": scaling.mlp_gains}
+        if scaling.factors is not None:
+            content |= {"version": 4, "head_factors": scaling.factors, "head_scheme": scaling.scheme}
     write_whole(path, f"{json.dumps(content | provenance, indent=1, allow_nan=False)}\n")
 
 

@@ -15,12 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedModel
 
 from lrs_utils.models.turns import used_alone
+from lrs_utils.scaling.applied import positions_replaced, refuse_scaled, refuse_unrotatable
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
 from lrs_utils.scaling.fold import fold_heads
-from lrs_utils.scaling.layers import LayerScaling
+from lrs_utils.scaling.layers import LayerScaling, refuse_unknown
 from lrs_utils.scaling.products import head_dim, heads_multiplied, n_heads, refuse_unreachable_heads
+from lrs_utils.scaling.rope import SCHEMES
 
 Rows = tuple[tuple[float, ...], ...]
+# Numbers of heads, and what a head has instead if there are more.
+_OF_HEADS = {"temperatures": "pairs of dimensions", "gains": "channels", "factors": ""}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class HeadScaling(Scaling):
     mlp_gains : sequence of float, shape (layers,), optional
         The output of a layer's MLP is multiplied by it. Not a per-head number: with gains that are equal within a layer
         it makes two numbers per layer that have nothing to do with positions: a control.
+    factors : array of float, shape (layers, heads), optional
+        f > 0: positions are read by each head under its own factor, which multiplies the layer's, and enters
+        frequencies by `scheme`. No weight holds them, and attention has to rotate by itself (`rotation`).
+    scheme : str
+        Of the factors of heads, where `layers` doesn't say it.
     layers : LayerScaling, optional
         Factors and temperatures of layers, at the same time.
 
@@ -51,6 +60,8 @@ class HeadScaling(Scaling):
     temperatures: Rows | None = None
     gains: Rows | None = None
     mlp_gains: tuple[float, ...] | None = None
+    factors: Rows | None = None
+    scheme: str = UNSCALED.scheme
     layers: LayerScaling | None = None
     num_layers: int = field(default=0, init=False)
 
@@ -60,19 +71,22 @@ class HeadScaling(Scaling):
         gains: ArrayLike | None = None,
         *,
         mlp_gains: ArrayLike | None = None,
+        factors: ArrayLike | None = None,
+        scheme: str = "ntk",
         layers: LayerScaling | None = None,
     ) -> None:
         given = {
             "temperatures": _checked("temperatures", temperatures, 2),
             "gains": _checked("gains", gains, 2),
             "mlp_gains": _checked("mlp_gains", mlp_gains, 1),
+            "factors": _checked("factors", factors, 2),
         }
         lengths = {name: len(values) for name, values in given.items() if values is not None}
         if layers is not None:
             lengths["layers"] = len(layers.factors)
         if not lengths:
-            raise ValueError("a HeadScaling needs temperatures, gains, mlp_gains or layers; all are None")
-        widths = sorted(len(given[name][0]) for name in ("temperatures", "gains") if given[name] is not None)
+            raise ValueError("a HeadScaling needs temperatures, gains, mlp_gains, factors or layers; all are None")
+        widths = sorted(len(given[name][0]) for name in _OF_HEADS if given[name] is not None)
         if len(set(lengths.values())) > 1 or (widths and widths[-1] % widths[0]):
             shapes = ", ".join(f"{name} {np.shape(given.get(name) or [0] * n)}" for name, n in lengths.items())
             raise ValueError(f"the shapes don't agree: {shapes}; give (layers, heads), and (layers,) for mlp_gains")
@@ -80,6 +94,10 @@ class HeadScaling(Scaling):
             changes = values is not None and bool(np.any(np.asarray(values) != 1.0))
             # values of 1 are no scaling, and the same scaling must have the same key
             object.__setattr__(self, name, values if changes else None)
+        refuse_unknown("scheme", scheme, SCHEMES)
+        if layers is not None:
+            scheme = layers.scheme
+        object.__setattr__(self, "scheme", scheme if factors is not None else UNSCALED.scheme)
         if layers is not None and layers.is_identity:
             layers = None
         object.__setattr__(self, "layers", layers)
@@ -93,6 +111,8 @@ class HeadScaling(Scaling):
         for name in ("temperatures", "gains", "mlp_gains"):
             if (values := getattr(self, name)) is not None:
                 parts.append(f"{name} " + ",".join(map(repr, np.asarray(values).ravel().tolist())))
+        if self.factors is not None:
+            parts.append(f"{self.scheme}_factors " + ",".join(map(repr, np.asarray(self.factors).ravel().tolist())))
         return ";".join(parts)
 
     @classmethod
@@ -102,8 +122,10 @@ class HeadScaling(Scaling):
         layers, numbers = LayerScaling.from_key(first), dict[str, Any]()
         for name, values in (part.split(" ") for part in parts):
             row = np.array(values.split(","), float)
+            if name.endswith("_factors"):
+                numbers["scheme"], name = name.split("_")
             numbers[name] = row if name == "mlp_gains" else row.reshape(len(layers.factors), -1)
-        return cls(**numbers, layers=layers)
+        return cls(**numbers, layers=None if layers.is_identity else layers)
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -114,6 +136,8 @@ class HeadScaling(Scaling):
                 head_temperatures=_row(self.temperatures, at),
                 head_gains=_row(self.gains, at),
                 mlp_gain=1.0 if self.mlp_gains is None else self.mlp_gains[at],
+                head_factors=_row(self.factors, at),
+                scheme=self.scheme if _row(self.factors, at) else setting.scheme,
             )
             for at, setting in enumerate(layers)
         )
@@ -121,7 +145,8 @@ class HeadScaling(Scaling):
     @property
     def reach(self) -> float:
         """Tokens that may be read, in windows; only factors change it."""
-        return 1.0 if self.layers is None else self.layers.reach
+        least = 1.0 if self.factors is None else min(1.0, *(min(row) for row in self.factors))
+        return least * (1.0 if self.layers is None else self.layers.reach)
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel, *, length: int | None = None) -> Iterator[None]:
@@ -140,7 +165,9 @@ class HeadScaling(Scaling):
         with ExitStack() as stack:
             stack.enter_context(used_alone(model))
             self.refuse_misfit(model)
-            if self.layers is not None:
+            if self.factors is not None:
+                stack.enter_context(positions_replaced(model, self.settings, length))
+            elif self.layers is not None:
                 stack.enter_context(self.layers.applied_to(model, length=length))
             stack.enter_context(heads_multiplied(model, self.settings))
             yield
@@ -152,14 +179,18 @@ class HeadScaling(Scaling):
             self.layers.refuse_misfit(model)
         if self.num_layers != n_layers:
             raise ValueError(f"there are numbers for {self.num_layers} layers but {model_name(model)} has {n_layers}")
-        for name, channels in (("temperatures", "pairs of dimensions"), ("gains", "channels")):
+        if self.factors is not None:
+            refuse_scaled(model)
+            refuse_unrotatable(model)
+        for name, channels in _OF_HEADS.items():
             values = getattr(self, name)
             if values is not None and len(values[0]) != heads:
-                dim = head_dim(model) // (1 + (name == "temperatures"))
+                dim = head_dim(model) // (1 + (name == "temperatures")) if channels else 0
                 if len(values[0]) != heads * dim:
+                    of = f" of {dim} {channels}" if channels else ""
                     raise ValueError(
-                        f"{name} has {len(values[0])} values a layer but {model_name(model)} has {heads} query heads "
-                        f"of {dim} {channels}"
+                        f"{name} has {len(values[0])} values a layer but {model_name(model)} has {heads} query "
+                        f"heads{of}"
                     )
         refuse_unreachable_heads(model, self.settings)
 
@@ -177,10 +208,10 @@ class HeadScaling(Scaling):
         """
         self.refuse_misfit(model)
         LayerScaling.identity(self.num_layers).refuse_misfit(model)  # a copy would keep the hooks of one applied
-        if self.layers is not None:
+        if self.layers is not None or self.factors is not None:
             raise ValueError(
-                f"factors of layers change cos and sin, which no weight of {model_name(model)} holds; fold the numbers "
-                "of heads alone, or use `applied_to`"
+                f"factors change cos and sin, which no weight of {model_name(model)} holds; fold gains and "
+                "temperatures of heads alone, or use `applied_to`"
             )
         return fold_heads(model, self.settings)
 
@@ -192,7 +223,12 @@ class HeadScaling(Scaling):
 
         layers = LayerScaling.identity(self.num_layers) if self.layers is None else self.layers.at_dose(dose)
         numbers = powered(self.temperatures), powered(self.gains)
-        return HeadScaling(*numbers, mlp_gains=powered(self.mlp_gains), layers=layers)
+        more: dict[str, Any] = {
+            "mlp_gains": powered(self.mlp_gains),
+            "factors": powered(self.factors),
+            "scheme": self.scheme,
+        }
+        return HeadScaling(*numbers, **more, layers=None if layers.is_identity else layers)
 
 
 def _row(rows: Rows | None, at: int) -> tuple[float, ...]:

@@ -6,18 +6,17 @@ worth is `scoring`; their files are `files`.
 """
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lrs_utils.models.turns import used_alone
+from lrs_utils.scaling.applied import positions_replaced, refuse_scaled
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
 from lrs_utils.scaling.fold import fold_heads
 from lrs_utils.scaling.products import n_heads, refuse_unreachable_heads
@@ -26,7 +25,6 @@ from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, layers_with_temperatures, obeys_factors, tried
 
 _MOST = 1e6  # of a factor or temperature: beyond it frequencies and logits overflow
-_scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
 
 
 @dataclass(frozen=True)
@@ -171,27 +169,11 @@ class LayerScaling(Scaling):
         """
         if length is not None and (length < 1 or self.scheme != DYNAMIC):
             raise ValueError(f"length is {length} with scheme {self.scheme!r}; give 1 or more, to {DYNAMIC!r} only")
-        decoder = reachable_decoder(model)
-
-        def replace_for(setting: Setting, tables: PositionTables) -> Any:
-            def replace(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-                return args, kwargs | {"position_embeddings": tables(kwargs.get("position_embeddings"), setting)}
-
-            return replace
-
-        with ExitStack() as stack:
-            stack.enter_context(used_alone(model))
+        reachable_decoder(model)  # or an error, before anything that isn't a model gets a lock
+        with used_alone(model):
             self.refuse_misfit(model)
-            _scaled_decoders[decoder] = threading.get_ident()
-            stack.callback(_scaled_decoders.pop, decoder)
-            if not self.is_identity:
-                tables = stack.enter_context(PositionTables(model, length=length))
-                for layer, setting in zip(decoder.layers, self.settings, strict=True):
-                    if setting != UNSCALED:
-                        tables.prepare(setting)
-                        handle = layer.register_forward_pre_hook(replace_for(setting, tables), with_kwargs=True)
-                        stack.callback(handle.remove)
-            yield
+            with positions_replaced(model, self.settings, length):
+                yield
 
     def refuse_misfit(self, model: PreTrainedModel) -> None:
         """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
@@ -199,8 +181,7 @@ class LayerScaling(Scaling):
         n_layers = len(decoder.layers)
         if len(self.factors) != n_layers:
             raise ValueError(f"factors has {len(self.factors)} values but {model_name(model)} has {n_layers} layers")
-        if _scaled_decoders.get(decoder) == threading.get_ident():
-            raise ValueError(f"{model_name(model)} is already scaled; leave the other `applied_to` block first")
+        refuse_scaled(model)
         if not self.is_identity:
             _refuse_ignored_factors(model)
         if self.temperatures is not None:

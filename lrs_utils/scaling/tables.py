@@ -2,14 +2,18 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from lrs_utils.scaling.base import UNSCALED, Setting, model_name, reachable_decoder
 from lrs_utils.scaling.rope import DYNAMIC, divide_by_band, layer_frequencies
+from lrs_utils.scaling.rotation import PLAIN, Region, Rotation
 
 _COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
@@ -86,6 +90,8 @@ class PositionTables:
         setting = setting.positions
         if setting == UNSCALED:
             return given  # type: ignore[no-any-return]
+        if setting.rotates_itself:
+            return self.rotates_nothing(given)
         if setting not in tables:
             if len(tables) >= _TABLES_KEPT:
                 tables.clear()  # a search off the grid brings new factors without end
@@ -94,8 +100,63 @@ class PositionTables:
             )
         return tables[setting]  # type: ignore[no-any-return]
 
+    def rotates_nothing(self, given: Any) -> tuple[Tensor, Tensor]:
+        """cos and sin that leave a layer's queries and keys as they are."""
+        return torch.ones_like(given[0]), torch.zeros_like(given[1])
+
+    def rotation(self, given: Any, setting: Setting) -> Rotation:
+        """How a layer that was given these position embeddings rotates in its attention."""
+        args, kwargs, _ = self._calls[given[0]]
+        length = self._stretched_for(setting.scheme, *args, **kwargs)
+        factors = [setting.factor * head for head in setting.head_factors] or [setting.factor]
+        of_layer = setting.positions._replace(head_factors=(), regions=())
+        rotaries = [self.prepare(of_layer._replace(factor=factor), length) for factor in factors]
+        return self._rotation_by(args, kwargs, setting.regions or (PLAIN,), rotaries, lambda rotary: rotary)
+
+    def _rotation_by(
+        self,
+        args: Any,
+        kwargs: Any,
+        regions: tuple[Region, ...],
+        rotaries: Sequence[nn.Module],
+        called: Callable[[nn.Module], Callable[..., Any]],
+    ) -> Rotation:
+        call = inspect.signature(self._unscaled.forward).bind(*args, **kwargs)
+        at = call.arguments["position_ids"]
+        if not bool((at == at[:1]).all()):
+            raise ValueError(f"{self._name} was given a batch of texts with different positions; give one at a time")
+
+        def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+            rows = positions if len(rotaries) == 1 else positions.expand(len(rotaries), -1)
+            each = [rows] if len(rotaries) == 1 else rows[:, None]
+            made = []
+            for rotary, row in zip(rotaries, each, strict=True):
+                call.arguments["position_ids"] = row
+                made.append(called(rotary)(*call.args, **call.kwargs))
+            cos, sin = zip(*made, strict=True)
+            return torch.cat(cos), torch.cat(sin)
+
+        return Rotation(regions, at[0], tables)
+
+    def differentiable_rotation(
+        self, given: Any, scaling: Stretch, factors: Tensor, temperature: Tensor, bands: Tensor | None
+    ) -> Rotation:
+        """A layer's rotation with a factor (tensor) for each head, for a gradient by them and by the others."""
+        args, kwargs, _ = self._calls[given[0]]
+        length = self._stretched_for(scaling.scheme, *args, **kwargs)
+        rotaries = []
+        for factor in factors:
+            setting: Any = (factor, temperature, scaling.scheme, scaling.extension, scaling.combine, bands)
+            rotaries.append(_scaled_rotary(self._unscaled, setting, self._window, length, name=self._name))
+
+        def called(rotary: nn.Module) -> Callable[..., Any]:
+            return partial(inspect.unwrap(type(rotary).forward), rotary)
+
+        return self._rotation_by(args, kwargs, (PLAIN,), rotaries, called)
+
     def prepare(self, setting: Setting, length: int = 0) -> nn.Module:
         """The rotary embedding for a setting (and the tokens read, if that matters), or an error if there is none."""
+        setting = setting.positions._replace(head_factors=(), regions=())
         if (setting, length) not in self._scaled:
             if len(self._scaled) >= _COPIES_KEPT:
                 self._scaled.clear()

@@ -6,7 +6,7 @@ through slices of the keys, would write zeros for all keys and add them, once fo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import EllipsisType
@@ -19,6 +19,7 @@ from torch.overrides import wrap_torch_function
 from transformers import AttentionInterface
 
 from lrs_utils.models.decode import known_window
+from lrs_utils.scaling.rotation import Rotation
 from lrs_utils.scoring.packing import Layout
 
 _layout: ContextVar[Layout] = ContextVar("layout")
@@ -43,16 +44,43 @@ def _attend_packed(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | EllipsisType | None = ...,
+    lrs_rotations: Sequence[Rotation | None] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a packed row: query (1, heads, tokens, dim), key and value (1, kv heads, tokens, dim).
+
+    `lrs_rotations` has one for each copy of the layout; its queries and keys are rotated here.
 
     To a `TorchFunctionMode` (`packing.FixedRows`) this is one function: it isn't asked about the hundreds of calls
     inside.
     """
     window = known_window(module, sliding_window, kwargs)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return _PackedAttention.apply(query, key, value, _layout.get(), window, scale), None  # type: ignore[no-untyped-call]
+    settings: tuple[Any, ...] = _layout.get(), window, query.shape[3] ** -0.5 if scaling is None else scaling
+    if not any(lrs_rotations):
+        return _PackedAttention.apply(query, key, value, *settings), None  # type: ignore[no-untyped-call]
+    n = settings[0].length
+    copies = zip(*(torch.split(x, n, dim=2) for x in (query, key, value)), lrs_rotations, strict=True)
+    return torch.cat([_attend_copy(*copy, *settings) for copy in copies], dim=1), None
+
+
+def _attend_copy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: Rotation | None,
+    layout: Layout,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Attention of one copy of the layout, (1, tokens, heads, dim)."""
+    if rotation is None:
+        return _PackedAttention.apply(query, key, value, layout, window, scale)  # type: ignore[no-any-return, no-untyped-call]
+    (_, query, key), *others = rotation.rotate(query, key, layout.positions)
+    value = value.repeat_interleave(key.shape[1] // value.shape[1], dim=1)  # where each head has keys of its own
+    if not others:
+        return _PackedAttention.apply(query, key, value, layout, window, scale)  # type: ignore[no-any-return, no-untyped-call]
+    pieces = _RegionPieces(query, key, value, others, layout, window, scale)
+    return pieces.attend(pieces.empty(), contexts=True).flatten(1, 2)[None]
 
 
 class _Piece(NamedTuple):
@@ -101,10 +129,25 @@ class _Pieces:
         queries, keys = self.q[piece.heads, :, piece.rows].flatten(1, 2), self.seen(self.k, piece)
         logits, weights = self.layout.scratch(*queries.shape[:2], keys.shape[1], like=self.q)
         torch.baddbmm(logits, queries, keys.mT, beta=0, alpha=self.rest, out=logits)
+        self.replace_logits(piece, logits)
         n_rows, n_hidden = piece.bias.shape
         # `+=` would copy the sum onto itself
         logits.view(-1, self.group, n_rows, logits.shape[2])[..., -n_hidden:].add_(piece.bias)
         return queries, keys, torch.softmax(logits, -1, out=weights), logits
+
+    def replace_logits(self, piece: _Piece, logits: Tensor) -> None:
+        """Write other logits where a piece needs them."""
+
+    def empty(self) -> Tensor:
+        """What attention puts out, to be filled: (tokens, key heads, group, dim)."""
+        return self.q.new_empty(self.tokens, self.kv_heads, self.group, self.v.shape[2])
+
+    def attend(self, out: Tensor, contexts: bool) -> Tensor:
+        """`out` with the rows of all branches, and of the contexts if asked, filled."""
+        for piece in self.cut(contexts):
+            _, _, weights, _ = self.weights(piece)
+            out[piece.rows, piece.heads] = self.by_token(torch.bmm(weights, self.seen(self.v, piece)))
+        return out
 
     def seen(self, of_tokens: Tensor, piece: _Piece) -> Tensor:
         """The keys or values that a piece sees."""
@@ -114,6 +157,34 @@ class _Pieces:
     def by_token(self, rows: Tensor) -> Tensor:
         """(key heads, group * rows, dim) to (rows, key heads, group, dim)."""
         return rows.view(len(rows), self.group, -1, rows.shape[2]).permute(2, 0, 1, 3)
+
+
+class _RegionPieces(_Pieces):
+    """Pieces whose logits between tokens far apart are those of other queries and keys (`rotation.Region`)."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        others: Sequence[tuple[int, Tensor, Tensor]],
+        layout: Layout,
+        window: int | None,
+        scale: float,
+    ) -> None:
+        super().__init__(query, key, value, layout, window, scale)
+        self._others = [(since, _Pieces(q, k, value, layout, window, scale)) for since, q, k in others]
+
+    def replace_logits(self, piece: _Piece, logits: Tensor) -> None:
+        at = self.layout.positions
+        distance = at[piece.rows, None] - torch.cat([at[columns] for columns in piece.columns])
+        by_row = logits.view(-1, *distance.shape)  # in memory, query heads that share a key head follow each other
+        for since, other in self._others:
+            far = distance >= since
+            if bool(far.any()):
+                queries, keys = other.q[piece.heads, :, piece.rows].flatten(1, 2), other.seen(other.k, piece)
+                further = torch.bmm(queries, keys.mT).mul_(other.rest).view_as(by_row)
+                torch.where(far, further, by_row, out=by_row)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -127,7 +198,7 @@ class _PackedAttention(torch.autograd.Function):
         pieces = _Pieces(query, key, value, layout, window, scale)
         # torch's kernel for causal attention is slower in bfloat16 on a CPU (CHOICES.md), and knows no window
         fused = window is None and not (query.device.type == "cpu" and query.dtype == torch.bfloat16)
-        out = query.new_empty(pieces.tokens, pieces.kv_heads, pieces.group, value.shape[3])
+        out = pieces.empty()
         for start in range(0, pieces.tokens, layout.length) if fused else ():
             for context in layout.contexts:
                 at = slice(start + context.start, start + context.stop)
@@ -135,9 +206,7 @@ class _PackedAttention(torch.autograd.Function):
                 k, v = (x[:, at].repeat_interleave(pieces.group, 0)[None] for x in (pieces.k, pieces.v))
                 whole = F.scaled_dot_product_attention(query[:, :, at], k, v, is_causal=True, scale=scale)
                 out[at] = whole.view(pieces.kv_heads, pieces.group, -1, value.shape[3]).permute(2, 0, 1, 3)
-        for piece in pieces.cut(contexts=not fused):
-            _, _, weights, _ = pieces.weights(piece)
-            out[piece.rows, piece.heads] = pieces.by_token(torch.bmm(weights, pieces.seen(pieces.v, piece)))
+        pieces.attend(out, contexts=not fused)
         ctx.save_for_backward(query, key, value, out)
         ctx.settings = layout, window, scale
         return out.flatten(1, 2)[None]

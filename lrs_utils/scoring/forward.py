@@ -16,6 +16,7 @@ from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Setting, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import multiplied, products
+from lrs_utils.scaling.rotation import Rotation
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
 from lrs_utils.scoring.attention import laid_out
@@ -44,7 +45,7 @@ class PackedForward:
 
     def __enter__(self) -> "PackedForward":
         with ExitStack() as stack:
-            stack.enter_context(attending_by(self._lm, "lrs_packed"))
+            stack.enter_context(attending_by(self._lm.model, "lrs_packed"))
             if self._scaled:
                 self._tables = stack.enter_context(PositionTables(self._lm.model))
             if self._fixed_rows:
@@ -95,17 +96,46 @@ class PackedForward:
         given = self._given[index]["position_embeddings"]
         return self._tables.differentiable(given, scaling, factor, temperature, bands)
 
+    def differentiable_rotation(
+        self,
+        index: int,
+        scaling: LayerScaling,
+        factors: Tensor,
+        temperature: Tensor,
+        bands: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor], Rotation]:
+        """cos and sin that rotate nothing, and a rotation that lets a gradient through to each head's factor."""
+        assert self._tables is not None
+        given = self._given[index]["position_embeddings"]
+        return self._tables.rotates_nothing(given), self._tables.differentiable_rotation(
+            given, scaling, factors, temperature, bands
+        )
+
     def run(self, index: int, hidden: Tensor, settings: Sequence[Setting]) -> Tensor:
         """One layer over copies of the row laid end to end, each under its setting."""
         tables = [self.table(index, setting) for setting in settings]
         if len(tables) > 1 and self._tables is not None:
             tables = [tuple(torch.cat(part, dim=1) for part in zip(*tables, strict=True))]  # type: ignore[list-item]
-        return self.run_with(index, hidden, tables[0], *products(settings, self._layout.length, self._lm.model))
+        rotations = [self._rotation(index, setting) for setting in settings]
+        numbers = products(settings, self._layout.length, self._lm.model)
+        return self.run_with(index, hidden, tables[0], rotations, *numbers)
+
+    def _rotation(self, index: int, setting: Setting) -> Rotation | None:
+        """How a layer rotates in its attention, where its setting says that it does."""
+        if self._tables is None or not setting.rotates_itself:
+            return None
+        return self._tables.rotation(self._given[index].get("position_embeddings"), setting)
 
     def run_with(
-        self, index: int, hidden: Tensor, table: tuple[Tensor, Tensor] | None, *numbers: Tensor | None
+        self,
+        index: int,
+        hidden: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        rotations: Sequence[Rotation | None],
+        *numbers: Tensor | None,
     ) -> Tensor:
-        """One layer with a table for all copies, and numbers of heads as `products.multiplied` takes them."""
+        """One layer with a table for all copies, a rotation for each, and numbers of heads as `products.multiplied`
+        takes them."""
         layer, given, n = self._layers[index], self._given[index], self._layout.length
         if (copies := hidden.shape[1] // n) > 1:
             given = {
@@ -114,6 +144,8 @@ class PackedForward:
             }
         if table is not None:
             given = given | {"position_embeddings": table}
+        if any(rotation is not None for rotation in rotations):
+            given = given | {"lrs_rotations": rotations}
         # the layout is set here, since a gradient's second computation may run in another thread
         with laid_out(self._layout), multiplied(layer, *numbers):
             return _require_tensor(layer, layer(hidden, **given))

@@ -161,7 +161,7 @@ class GradientSearch:
         self._adam.step()
         self._cosine.step()
         for name, logs in self._logs.items():
-            if name == "factors" or name.startswith("bands_"):
+            if name.endswith("factors") or name.startswith("bands_"):
                 logs.data.clamp_(*map(math.log, self._bounds))
         self.visited.append(scaling)
         self.nll.append(losses)

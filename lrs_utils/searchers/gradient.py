@@ -22,6 +22,7 @@ from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import by_head, n_heads
+from lrs_utils.scaling.rotation import Rotation
 from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, Packed, pack
@@ -221,14 +222,20 @@ def _run_layers(
     run: Callable[..., Tensor] = operator.call if keeps_all else _compute_twice
     of_layers, heads = any(map(is_of_layer, numbers)), n_heads(lm.model)
     bands = next((rows for name, rows in now.items() if name.startswith("bands_")), None)
+    rotates = "head_factors" in numbers or bool((now.get("head_factors", torch.ones(1)) != 1).any())
     with torch.no_grad():
         hidden = forward.embed(layout)
     for at, setting in enumerate(scaling.settings):
         table: tuple[Tensor, Tensor] | None
-        if of_layers:
+        rotations: list[Rotation | None] = [None]
+        if of_layers or rotates:
             factor, temperature = (now[name][0, at] for name in LAYER_NUMBERS)
             of_bands = None if bands is None else bands[:, at]
-            table = forward.differentiable_table(at, layers, factor, temperature, of_bands)
+            if rotates:
+                factors = factor * now["head_factors"][:, at]
+                table, rotations[0] = forward.differentiable_rotation(at, layers, factors, temperature, of_bands)
+            else:
+                table = forward.differentiable_table(at, layers, factor, temperature, of_bands)
         else:
             table = forward.table(at, setting)
         # what is 1 and not asked about is left out, as it is where the layer is scored
@@ -238,7 +245,7 @@ def _run_layers(
             for names in OF_HEADS.values()
         ]
         multipliers.append(there["mlp_gains"][None] if "mlp_gains" in there else None)
-        hidden = run(forward.run_with, at, hidden, table, *multipliers)
+        hidden = run(forward.run_with, at, hidden, table, rotations, *multipliers)
     return hidden
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrs_utils.models.load import LM
-from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.base import UNSCALED, Scaling
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling, temperature_layers
 from lrs_utils.scaling.products import head_dim, n_heads
@@ -30,6 +30,7 @@ SPACES: dict[str, tuple[str, ...]] = {
     "head_gains": ("head_gains",),
     "heads": ("head_temperatures", "head_gains"),
     "layers_and_heads": (*LAYER_NUMBERS, "head_temperatures", "head_gains"),
+    "head_factors": ("head_factors",),
     "pair_temperatures": ("pair_temperatures",),
     "channel_gains": ("channel_gains",),
     "outputs": ("=head_gains", "mlp_gains"),  # as many numbers as "both", none of positions: a control
@@ -48,6 +49,7 @@ def numbers_of(scaling: Scaling, lm: LM, also: Sequence[str] = ()) -> dict[str, 
     heads = scaling if isinstance(scaling, HeadScaling) else HeadScaling(layers=layers)
     found: dict[str, Any] = dict.fromkeys(also)
     found |= {"factors": layers.factors, "temperatures": layers.temperatures, "mlp_gains": heads.mlp_gains}
+    found["head_factors"] = heads.factors
     if layers.bands is not None:
         found[f"bands_{len(layers.bands[0])}"] = layers.bands
     if len(cuts := [name for name in found if name.startswith("bands_")]) > 1:
@@ -86,7 +88,10 @@ def scaling_of(
         if wide is not None and (wide != 1).any():
             rows = np.repeat(rows, len(wide) // len(rows), axis=0) * wide
         of_heads.append(rows)
-    return HeadScaling(*(rows.T for rows in of_heads), mlp_gains=values["mlp_gains"][0], layers=layers)
+    more: dict[str, Any] = {"mlp_gains": values["mlp_gains"][0]}
+    if "head_factors" in names or (values["head_factors"] != 1).any():
+        more["factors"] = values["head_factors"].T
+    return HeadScaling(*(rows.T for rows in of_heads), **more, layers=layers)
 
 
 def is_of_layer(name: str) -> bool:
@@ -99,7 +104,7 @@ def count_rows(name: str, lm: LM) -> int:
     if name.startswith("bands_"):
         return int(name.removeprefix("bands_"))
     heads, channels = zip(*OF_HEADS.values(), strict=True)
-    if name in heads:
+    if name in (*heads, "head_factors"):
         return n_heads(lm.model)
     if name in channels:
         return n_heads(lm.model) * head_dim(lm.model) // (2 if name == "pair_temperatures" else 1)
@@ -126,4 +131,7 @@ def refuse_space(lm: LM, vary: str) -> None:
 def layers_of(scaling: Scaling, lm: LM) -> LayerScaling:
     """A scaling's part of layers; no scaling where it has none."""
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
-    return layers if isinstance(layers, LayerScaling) else LayerScaling.identity(lm.num_layers)
+    if isinstance(layers, LayerScaling):
+        return layers
+    scheme = scaling.scheme if isinstance(scaling, HeadScaling) else UNSCALED.scheme
+    return LayerScaling.uniform(1.0, lm.num_layers, scheme)
