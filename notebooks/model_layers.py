@@ -12,6 +12,7 @@ from lrs_utils import LM, LayerScaling, Ledger, score, tasks
 from lrs_utils.analysis.attention import attention, induction_scores
 from lrs_utils.analysis.statistics import bootstrap_mean
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.products import n_heads
 
 
 def describe_model(lm: LM) -> dict[str, str]:
@@ -28,6 +29,8 @@ def describe_model(lm: LM) -> dict[str, str]:
         "layers that see the whole context": str(windows.count(0)),
         "tokens that the others see": ", ".join(f"{window:,}" for window in sliding) or "all see the whole",
         "query heads, key-value heads": f"{config.num_attention_heads}, {config.num_key_value_heads}",
+        "factors and temperatures of layers": str(2 * lm.num_layers),
+        "gains of heads": str(lm.num_layers * n_heads(lm.model)),
         "norm of queries and keys": "yes" if hasattr(attention, "q_norm") else "no",
         "base of RoPE": ", ".join(f"{base:,.0f}" for base in bases),
         "window (tokens)": f"{lm.window:,}",
@@ -71,12 +74,12 @@ def summarise_layers(rows: pd.DataFrame) -> dict[str, Any]:
     return {
         "most harmful layer": worst,
         "its harm (nats)": float(harm[worst]),
-        "all others together": float(harm.sum() - harm[worst]),
+        "sum of the others": float(harm.sum() - harm[worst]),
         "its previous-token head": float(previous[worst]),
         "rank of that head": int((previous > previous[worst]).sum()) + 1,
-        "what it sees": f"{rows['sees'].iloc[worst]} tokens" if rows["sees"].iloc[worst] else "everything",
+        "what it sees": f"{rows['sees'].iloc[worst]} tokens" if rows["sees"].iloc[worst] else "the whole context",
         "entropy over the layers": float(trend.statistic),
-        "chance of that": float(trend.pvalue),
+        "its p": float(trend.pvalue),
     }
 
 

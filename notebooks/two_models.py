@@ -200,6 +200,14 @@ def pick(table: pd.DataFrame, model: str, limit: float, seed: int = 0) -> pd.Dat
     return rows[(rows["limit"] == limit) | rows["limit"].isna()].set_index("method")
 
 
+def pool(by_seed: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Each method's searches together: "mean" of their points, "low" and "high" of all intervals, "perplexity"."""
+    rows = pd.concat(by_seed).drop("no scaling").groupby(level="method", sort=False)
+    return rows.agg(
+        mean=("points", "mean"), low=("low", "min"), high=("high", "max"), perplexity=("perplexity", "mean")
+    )
+
+
 def _cut_unseen_text(stretches: int) -> tasks.Suite:
     """Stretches of the last third of each text, which `find_scaling` searches and chooses nothing on."""
     nothing = {"search": 1, "validation": 1, "test": 1}

@@ -14,7 +14,7 @@ ORDER = [
     ["tasks"],
     ["scaling"],
     ["scoring"],
-    ["searchers"],
+    ["searchers", "peers"],
     ["analysis"],  # all of it but statistics
     ["finding", "training", "playground"],
     ["notebook", "__init__"],

@@ -13,8 +13,8 @@ from model_layers import (
     split_by_kind,
     summarise_layers,
 )
-from two_models import MAIN, SPACES, Trial, correct, pick, read_key
-from verdicts import average_halves, give_verdicts
+from two_models import MAIN, SPACES, Trial, correct, pick, pool, read_key
+from verdicts import average_halves, give_verdicts, tell_rows
 
 from lrs_utils import HeadScaling, LayerScaling, Ledger, load_factors, load_lm
 from lrs_utils.scaling.files import read_factors
@@ -121,10 +121,12 @@ def test_factors_of_one_kind_of_layers_leave_the_others_at_one(tmp_path):
 def rows_of(points, factors, seed=0):
     """Judged rows of one search of every method: (points, half the width of their interval) by method."""
     layers = LayerScaling(factors, "ntk").key
+    none = {"method": "no scaling", "seed": 0, "model": "m"}
     return pd.DataFrame(
-        [
+        [none] * (seed == 0)
+        + [
             {"method": method, "seed": seed, "limit": 0.01, "scaling": layers, "model": "m", "points": mean,
-             "low": mean - wide, "high": mean + wide}
+             "low": mean - wide, "high": mean + wide, "perplexity": 1.0}
             for method, (mean, wide) in points.items()
         ]
     )  # fmt: skip
@@ -143,25 +145,27 @@ def test_a_verdict_needs_every_seed_of_a_method():
         pd.DataFrame({"layer": range(4), "pi, mean": [0.1, 0.7, 0.2, 0.1], "previous token": [0.9, 0.8, 0.1, 0.1],
                       "sees": [0, 512, 0, 0], "entropy": [4, 3, 2, 1]})
     )  # fmt: skip
-    table = give_verdicts(by_seed, {"m": facts}, halves, {1000: 0.5, 10_000: 0.25})
+    table = give_verdicts(by_seed, {"m": facts})
     answers = table["m"].str.partition(":")
     assert answers[0].to_dict() == {
-        "one factor for all layers gains (points)": "no",
-        "the paper's algorithm gains (points)": "no",
-        "the paper's scheme gains by gradient (points)": "no",
-        "numbers of layers gain under ntk (points)": "yes",
-        "numbers of heads gain (points)": "yes",
-        "heads gain more than layers (mean of points)": "yes",
-        "one layer costs more than all others together (nats)": "yes",
-        "it holds the best previous-token head (rank)": "no",
+        "one factor for all layers (pi) raises accuracy (points)": "no",
+        "the paper's algorithm raises accuracy (points)": "no",
+        "the paper's scheme by gradient raises accuracy (points)": "no",
+        "ntk factors and temperatures of layers raise accuracy (points)": "yes",
+        "gains of heads raise accuracy (points)": "yes",
+        "gains of heads do more than these numbers of layers (difference of means)": "yes",
+        "dividing one layer's positions costs more than the sum over all others (nats)": "yes",
+        "the most harmful layer holds the best previous-token head (its rank)": "no",
         "early layers look more widely than late ones (rank correlation)": "yes",
-        "useful factors rise from early to late layers (means of halves)": "no",
-        "useful temperatures rise from early to late layers (means of halves)": "no",
-        "a small base bears the paper's scheme better (models made here)": "yes",
+        "useful factors rise from early to late layers (rank correlation)": "no",
+        "useful temperatures rise from early to late layers (rank correlation)": "no",
     }
-    assert answers[2]["the paper's algorithm gains (points)"] == " +5.0, -2.0"
-    assert answers[2]["one factor for all layers gains (points)"] == " -1.0 [-1.5, -0.5]"
-    assert answers[2]["heads gain more than layers (mean of points)"] == " +52.0"
+    assert answers[2]["the paper's algorithm raises accuracy (points)"] == " +5.0, -2.0"
+    assert answers[2]["one factor for all layers (pi) raises accuracy (points)"] == " -1.0 [-1.5, -0.5]"
+    assert answers[2]["gains of heads do more than these numbers of layers (difference of means)"] == " +52.0"
+    rows = pool(by_seed["m"])
+    assert rows.loc[MAIN[0], ["mean", "low", "high"]].tolist() == [1.5, -3, 6]
+    assert "one factor (pi) -1.0 [-1.5, -0.5]" in tell_rows(rows)
 
 
 def test_a_saved_scaling_says_what_it_is_valid_for(trial, fewer_texts, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -79,9 +80,15 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
     return None
 
 
+def model_name(model: PreTrainedModel) -> str:
+    """What to call the model in a message: its hub id or folder name, else its class."""
+    path = getattr(model.config, "_name_or_path", "")
+    return Path(path).name or type(model).__name__
+
+
 def _refuse_training(model: PreTrainedModel) -> None:
     """Raise the ValueError of a model in training mode, whose dropout would decide what is measured."""
     if model.training:
         raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout changes its answers; call model.eval() first"
+            f"{model_name(model)} is in training mode, where dropout changes its answers; call model.eval() first"
         )

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lrs_utils.models.decode import model_name
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import Progress
-from lrs_utils.scaling.base import UNSCALED, Setting, model_name, reachable_decoder
+from lrs_utils.scaling.base import UNSCALED, Setting, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scoring.forward import PackedForward

@@ -8,9 +8,10 @@ from itertools import groupby
 from transformers import PreTrainedModel
 
 from lrs_utils.arguments import whole
+from lrs_utils.models.decode import model_name
 from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.applied import positions_replaced, refuse_scaled, refuse_unrotatable
-from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
+from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import heads_multiplied, n_heads, refuse_unreachable_heads
 from lrs_utils.scaling.rotation import PLAIN, Positions, Region

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrs_utils.models.decode import attending_by
-from lrs_utils.scaling.base import UNSCALED, Setting, model_name, reachable_decoder
+from lrs_utils.models.decode import attending_by, model_name
+from lrs_utils.scaling.base import UNSCALED, Setting, reachable_decoder
 from lrs_utils.scaling.rotation import PLAIN, ROTATING
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried

@@ -6,7 +6,6 @@ Knows which part of an unmodified Hugging Face model they reach. `layers` and `h
 import inspect
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -88,12 +87,6 @@ class Scaling(ABC):
     def stretches_by_length(self) -> bool:
         """Frequencies depend on how much is read."""
         return any(setting.scheme == DYNAMIC for setting in self.settings)
-
-
-def model_name(model: PreTrainedModel) -> str:
-    """What to call the model in a message: its hub id or folder name, else its class."""
-    path = getattr(model.config, "_name_or_path", "")
-    return Path(path).name or type(model).__name__
 
 
 def reachable_decoder(model: PreTrainedModel) -> Any:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedModel
 
+from lrs_utils.models.decode import model_name
 from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.applied import positions_replaced, refuse_scaled, refuse_unrotatable
-from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
+from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
 from lrs_utils.scaling.fold import fold_heads
 from lrs_utils.scaling.layers import LayerScaling, refuse_unknown
 from lrs_utils.scaling.products import head_dim, heads_multiplied, n_heads, refuse_unreachable_heads

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from lrs_utils.models.decode import model_name
 from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.applied import positions_replaced, refuse_scaled
-from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, model_name, reachable_decoder
+from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
 from lrs_utils.scaling.fold import fold_heads
 from lrs_utils.scaling.products import n_heads, refuse_unreachable_heads
 from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC, SCHEMES

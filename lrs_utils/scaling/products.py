@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrs_utils.scaling.base import Setting, model_name, reachable_decoder
+from lrs_utils.models.decode import model_name
+from lrs_utils.scaling.base import Setting, reachable_decoder
 from lrs_utils.scaling.trial import layers_with_temperatures, tried
 
 _scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait

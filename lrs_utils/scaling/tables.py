@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from lrs_utils.scaling.base import UNSCALED, Setting, model_name, reachable_decoder
+from lrs_utils.models.decode import model_name
+from lrs_utils.scaling.base import UNSCALED, Setting, reachable_decoder
 from lrs_utils.scaling.rope import DYNAMIC, divide_by_band, layer_frequencies
 from lrs_utils.scaling.rotation import PLAIN, Region, Rotation
 
