@@ -166,10 +166,11 @@ class Trial:
         """A judged row's scaling as a factor file that says what it is valid for and what it gained."""
         suite = self.make_suite(5, _JUDGED["contexts"])
         tokens = [context_tokens(self.lm, probe) for probe in suite.probes]
-        held_out = {name: row[name] for name in ("accuracy", "points", "low", "high", "p", "by fifth", "perplexity")}
+        held_out = {name: float(row[name]) for name in ("accuracy", "points", "low", "high", "p", "perplexity")}
+        held_out["by fifth"] = row["by fifth"]
         save_factors(
             path, read_key(str(row["scaling"])), model=self.lm.name, fingerprint=self.lm.fingerprint, method=row.name,
-            limit=row["limit"], held_out=held_out,
+            limit=float(row["limit"]), held_out=held_out,
             valid_for=[{"task": suite.name, "tokens": [min(tokens), max(tokens)]}],
             seeds={"search": int(row["seed"]), "test contexts": _JUDGED["contexts"]}, **about,
         )  # fmt: skip
