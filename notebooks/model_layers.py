@@ -93,10 +93,10 @@ def list_windows(lm: LM) -> list[int]:
 def split_by_kind(lm: LM, scaling: Scaling) -> dict[str, LayerScaling]:
     """A scaling of layers with the factors of one kind of layers only, the others at 1."""
     assert isinstance(scaling, LayerScaling)
-    parts = {}
-    for kind, wanted in (("sliding layers only", True), ("full layers only", False)):
-        factors = [f if bool(w) == wanted else 1.0 for f, w in zip(scaling.factors, list_windows(lm), strict=True)]
-        parts[kind] = LayerScaling(factors, scheme=scaling.scheme)
+    parts, slides = {}, [bool(window) for window in list_windows(lm)]
+    for kind, wanted in (("sliding layers", True), ("layers that see the whole context", False)):
+        factors = [f if here == wanted else 1.0 for f, here in zip(scaling.factors, slides, strict=True)]
+        parts[f"the {slides.count(wanted)} {kind} alone"] = LayerScaling(factors, scheme=scaling.scheme)
     return parts
 
 

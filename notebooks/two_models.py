@@ -16,7 +16,7 @@ from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, ho
 from lrs_utils.finding.parts import divide
 from lrs_utils.finding.recipe import default_texts
 from lrs_utils.scaling.files import read_key
-from lrs_utils.scoring.window import context_tokens
+from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.objectives import utilisation_then_nll
 
 # What the gradient learns, by the name that a reader sees.
@@ -165,13 +165,13 @@ class Trial:
     def save(self, path: Path, row: pd.Series, **about: Any) -> None:
         """A judged row's scaling as a factor file that says what it is valid for and what it gained."""
         suite = self.make_suite(5, _JUDGED["contexts"])
-        tokens = [context_tokens(self.lm, probe) for probe in suite.probes]
+        tokens = [pack(self.lm, probe, suite.name).longest for probe in suite.probes]
         held_out = {name: float(row[name]) for name in ("accuracy", "points", "low", "high", "p", "perplexity")}
         held_out["by fifth"] = row["by fifth"]
         save_factors(
             path, read_key(str(row["scaling"])), model=self.lm.name, fingerprint=self.lm.fingerprint, method=row.name,
-            limit=float(row["limit"]), held_out=held_out,
-            valid_for=[{"task": suite.name, "tokens": [min(tokens), max(tokens)]}],
+            found={"max_perplexity_rise": float(row["limit"]), "dose": float(row["dose"]),
+                   "valid for": [{"task": suite.name, "tokens": [min(tokens), max(tokens)]}]}, held_out=held_out,
             seeds={"search": int(row["seed"]), "test contexts": _JUDGED["contexts"]}, **about,
         )  # fmt: skip
 

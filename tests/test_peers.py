@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -151,3 +153,16 @@ def test_buckets_read_with_every_base_and_the_surest_decides_most(family, tmp_pa
     np.testing.assert_array_equal(same, nll)
     with pytest.raises(ValueError, match="one text at a time"), buckets.applied_to(lm.model):
         lm.model(ids.repeat(2, 1))
+
+
+def test_buckets_refuse_what_they_would_get_wrong(tiny):
+    buckets = AttentionBuckets((1.0, 2.0))
+    with buckets.applied_to(tiny.model), pytest.raises(ValueError, match="already scaled"):
+        LayerScaling((2.0, 2.0)).refuse_misfit(tiny.model)
+    with LayerScaling((2.0, 2.0)).applied_to(tiny.model), pytest.raises(ValueError, match="already scaled"):
+        buckets.refuse_misfit(tiny.model)
+    ragged = replace(SUITE, probes=(SUITE.probes[0], replace(SUITE.probes[1], questions=SUITE.probes[1].questions[:1])))
+    with pytest.raises(ValueError, match="different numbers of questions"):
+        buckets.score(tiny, ragged)
+    with pytest.raises(ValueError, match="give positive multiples"):
+        AttentionBuckets((1.0, -2.0))

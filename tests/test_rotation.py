@@ -1,12 +1,16 @@
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
 
-from lrs_utils import HeadScaling, LayerScaling, load_factors, load_lm, save_factors, score, tasks
+from lrs_utils import GradientSearch, HeadScaling, LayerScaling, load_factors, load_lm, save_factors, score, tasks
 from lrs_utils.models.decode import decode
 from lrs_utils.peers import RegionScaling
 from lrs_utils.scaling.rotation import PLAIN, Positions, Region
+from lrs_utils.searchers import gradient
+from lrs_utils.searchers.gradient import nll_gradient
 
 SUITE = tasks.kv_retrieval(3, 2, keys="short")
 REFUSED = ("smollm3",)  # a layer without positions would get some
@@ -173,3 +177,61 @@ def test_factors_of_heads_are_kept_in_keys_and_files(tmp_path):
     assert alone.at_dose(0).is_identity
     assert alone.at_dose(1) == alone
     assert alone.reach == 0.8
+    assert HeadScaling(factors=[[2.0] * 4] * 2).reach == LayerScaling((2.0, 2.0)).reach
+
+
+@pytest.mark.parametrize("scheme", ["pi", "ntk"])
+def test_a_gradient_by_factors_of_heads_is_the_same_computed_twice(lm, monkeypatch, scheme):
+    scaling = HeadScaling([[0.7, 1, 1.4, 1.2]] * 2, factors=FACTORS, scheme=scheme)
+    kept = nll_gradient(lm, SUITE.probes[0], scaling, ["head_factors"])
+    monkeypatch.setattr(gradient, "_KEPT_BYTES", 0)
+    twice = nll_gradient(lm, SUITE.probes[0], scaling, ["head_factors"])
+    assert kept[0] == twice[0] == pytest.approx(score(lm, SUITE, [scaling]).nll[0, 0].mean(), abs=1e-5)
+    np.testing.assert_allclose(twice[1], kept[1], rtol=1e-4, atol=1e-6)
+    # together they are the layer's factor
+    [of_layer, _] = nll_gradient(lm, SUITE.probes[0], scaling)[1]
+    np.testing.assert_allclose(kept[1].sum(axis=0), of_layer, rtol=1e-3, atol=1e-4)
+    assert np.abs(kept[1]).max() > 1e-4
+
+
+def test_layers_with_one_setting_share_their_tables(tiny, ids):
+    calls, rotary = [], type(tiny.model.model.rotary_emb)
+    forward = rotary.forward
+
+    @wraps(forward)
+    def counted(*args, **given):
+        calls.append(1)
+        return forward(*args, **given)
+
+    scaling = regions(PLAIN, Region(9, Positions(offset=-5.0)))
+    scaling.refuse_misfit(tiny.model)  # a new model is tried first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotary, "forward", counted)
+        scaled_logits(tiny, scaling, ids)
+    assert len(calls) == 1 + 2  # the model's own, and two ways to read positions for both layers
+
+
+def test_regions_have_no_gradient_and_no_file(tiny, tmp_path):
+    scaling = regions(PLAIN, Region(9, Positions(offset=-5.0)))
+    for refused in (
+        lambda: nll_gradient(tiny, SUITE.probes[0], scaling),
+        lambda: GradientSearch(tiny, SUITE, start=scaling),
+    ):
+        with pytest.raises(ValueError, match="a RegionScaling has no numbers to learn"):
+            refused()
+    with pytest.raises(ValueError, match="a RegionScaling has no factor file"):
+        save_factors(tmp_path / "f.json", scaling)
+    assert not (tmp_path / "f.json").exists()
+    smollm3 = load_lm("tiny-smollm3", dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="can't have positions by head or by distance"):
+        nll_gradient(smollm3, SUITE.probes[0], LayerScaling.identity(2), ["head_factors"])
+
+
+def test_factors_of_heads_stay_within_bounds_and_a_start_within_them(tiny):
+    searcher = GradientSearch(tiny, SUITE, vary="head_factors", steps=3, rate=0.1, every=3, bounds=(0.98, 1.02))
+    searcher.ask()
+    [last] = searcher.ask()
+    numbers = np.array(last.factors)
+    assert (numbers.min(), numbers.max()) == (0.98, 1.02)
+    low = HeadScaling(factors=[[0.05, 1, 1, 1], [1, 1, 1, 1]])
+    assert GradientSearch(tiny, SUITE, vary="head_factors", start=low)._bounds[0] == 0.05

@@ -113,8 +113,8 @@ def test_layers_are_described_with_what_they_see(tmp_path):
 def test_factors_of_one_kind_of_layers_leave_the_others_at_one(tmp_path):
     lm = load_lm("tiny-gemma3", dtype="float32", device="cpu")
     parts = split_by_kind(lm, LayerScaling((1.3, 0.7), scheme="ntk"))
-    assert parts["sliding layers only"].factors == (1.3, 1.0)
-    assert parts["full layers only"].factors == (1.0, 0.7)
+    assert parts["the 1 sliding layers alone"].factors == (1.3, 1.0)
+    assert parts["the 1 layers that see the whole context alone"].factors == (1.0, 0.7)
     assert {part.scheme for part in parts.values()} == {"ntk"}
 
 
@@ -170,12 +170,16 @@ def test_a_verdict_needs_every_seed_of_a_method():
 
 def test_a_saved_scaling_says_what_it_is_valid_for(trial, fewer_texts, tmp_path):
     gains = HeadScaling(gains=np.linspace(0.4, 1.6, 8).reshape(2, 4))
-    searches = pd.DataFrame({"method": ["heads, gains"], "seed": 0, "limit": 0.01, "scaling": [gains.key]})
+    searches = pd.DataFrame({"method": ["heads, gains"], "seed": 0, "limit": 0.01, "scaling": [gains.key]}).assign(
+        dose=0.5
+    )
     row = trial.judge(searches, 2, 2).assign(model="m").pipe(pick, "m", 0.01).loc["heads, gains"]
     trial.save(tmp_path / "f.json", row, command="papermill")
     assert load_factors(tmp_path / "f.json") == gains
     content = read_factors(tmp_path / "f.json")
-    [valid] = content["valid_for"]
+    [valid] = content["found"]["valid for"]
+    [shortest, longest] = valid["tokens"]
+    assert 0 < shortest <= longest
     assert valid["task"] == "kv-short-3"
     assert content["held_out"]["accuracy"] == row["accuracy"]
     assert (content["method"], content["command"]) == ("heads, gains", "papermill")

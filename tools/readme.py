@@ -254,7 +254,7 @@ def _bench() -> list[dict[str, str]]:
     measured = {(row["line"], row["pairs"]): row for row in _rows("benchmark")}
     return [
         {
-            "": name, "times faster an answer": f"{measured[key]['times_faster']:.2g}",
+            "": name, "times faster an answer": f"{float(format(measured[key]['times_faster'], '.2g')):g}",
             "seconds an answer": f"{measured[key]['seconds_an_answer']:.2g}",
             "of the limit": f"{100 * measured[key]['share_of_limit']:.0f} %",
         }

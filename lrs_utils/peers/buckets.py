@@ -16,10 +16,11 @@ from lrs_utils.models.decode import model_name
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import Progress
+from lrs_utils.scaling.applied import positions_replaced
 from lrs_utils.scaling.base import UNSCALED, Setting, reachable_decoder
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.tables import PositionTables
-from lrs_utils.scoring.forward import PackedForward
+from lrs_utils.scoring.forward import PackedForward, refuse_unscorable
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import Layout, pack
 from lrs_utils.scoring.window import refuse_beyond_window
@@ -63,7 +64,10 @@ class AttentionBuckets:
         settings, decoder = self._settings(model), reachable_decoder(model)
         with ExitStack() as stack:
             stack.enter_context(used_alone(model))
-            LayerScaling.identity(len(decoder.layers)).refuse_misfit(model)
+            self.refuse_misfit(model)
+            stack.enter_context(
+                positions_replaced(model, [UNSCALED] * len(decoder.layers))
+            )  # no other scaling meanwhile
             tables = stack.enter_context(PositionTables(model))
             for layer in decoder.layers:
                 hook = partial(_give_tables, tables=tables, settings=settings)
@@ -73,10 +77,26 @@ class AttentionBuckets:
             stack.callback(model.register_forward_hook(_decide).remove)
             yield
 
+    def refuse_misfit(self, model: PreTrainedModel) -> None:
+        """Raise the ValueError that names a family which doesn't read by the cos and sin that its layers get."""
+        LayerScaling.uniform(2.0, len(reachable_decoder(model).layers), "ntk").refuse_misfit(model)
+
     def score(
         self, lm: LM, suite: Suite, *, ledger: Ledger | None = None
     ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """Verdicts of greedy decoding and nll, each (contexts, questions); all contexts need as many questions."""
+        """Verdicts of greedy decoding and nll, each (contexts, questions).
+
+        Raises
+        ------
+        ValueError
+            Contexts with different numbers of questions or beyond the window, a family that can't be scored.
+        FloatingPointError
+            A likelihood that isn't finite.
+        """
+        self.refuse_misfit(lm.model)
+        refuse_unscorable(lm)
+        if not suite.asked.all():
+            raise ValueError(f"contexts of {suite.name} have different numbers of questions; give them as many")
         settings, n, bar = self._settings(lm.model), len(self.bases), Progress(len(suite.probes), "scoring")
         found = {} if ledger is None else ledger.find(lm.fingerprint, self.key)
         rows = []
@@ -97,6 +117,10 @@ class AttentionBuckets:
                     exact = np.bincount(packed.owner, hit) == n_tokens
                     nll = (np.bincount(packed.owner, loss) / n_tokens).astype(np.float32).astype(float)
                     known = list(zip(exact.tolist(), nll.tolist(), strict=True))
+                    if not np.isfinite(nll).all():
+                        raise FloatingPointError(
+                            f"{lm.name} gave a non-finite likelihood in {where}; try dtype float32"
+                        )
                     if ledger is not None:
                         known = list(ledger.record(lm.fingerprint, self.key, probe.keys, exact, nll))
                     found |= dict(zip(probe.keys, known, strict=True))

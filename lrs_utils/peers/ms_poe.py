@@ -56,7 +56,8 @@ class MsPoE(RegionScaling):
         """Heads ordered by how they attend to a prompt, layer by layer in one forward pass, as the authors' code does.
 
         A head's score is minus the share of tokens that get more than three times the mean attention of the
-        prompt's last token, before rotation. Head h takes ratio number `argsort(scores)[h]`, which is not its rank.
+        prompt's last token, before rotation, at scale 1 / sqrt(dimensions). Head h takes ratio number
+        `argsort(scores)[h]`, which is not its rank.
         """
         heads, decoder = n_heads(lm.model), reachable_decoder(lm.model)
         orders = np.tile(np.arange(heads), (lm.num_layers, 1))
@@ -64,9 +65,7 @@ class MsPoE(RegionScaling):
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(cls(lm.num_layers, heads, **options).applied_to(lm.model))
             for layer in range(first_layer, lm.num_layers):
-                hook = partial(
-                    _put_in_order, of=lm.model.config.get_text_config(), low=low, high=high, order=orders[layer]
-                )
+                hook = partial(_put_in_order, low=low, high=high, order=orders[layer])
                 stack.callback(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
             ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"].to(lm.model.device)
             lm.model(ids, use_cache=False)
@@ -101,6 +100,6 @@ class _Ordering:
 
 
 def _put_in_order(
-    _: nn.Module, args: Any, given: dict[str, Any], *, of: Any, low: float, high: float, order: np.ndarray
+    _: nn.Module, args: Any, given: dict[str, Any], *, low: float, high: float, order: np.ndarray
 ) -> tuple[Any, dict[str, Any]]:
     return args, given | {"lrs_rotation": _Ordering(given["lrs_rotation"], low, high, order)}

@@ -78,7 +78,7 @@ def _replace(
     replaced = given | {"position_embeddings": tables(embeddings, setting)}
     if setting.rotates_itself:
         rotation = tables.rotation(embeddings, setting)
-        if not bool((rotation.at.diff() == 1).all()):
+        if rotation.has_gaps:
             raise ValueError(
                 f"positions {rotation.at.tolist()[:8]} ... have gaps, which regions of distances don't know"
             )

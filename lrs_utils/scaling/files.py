@@ -32,6 +32,8 @@ def save_factors(path: str | Path, scaling: Scaling, **provenance: Any) -> None:
     reserved = _RESERVED & provenance.keys()
     if reserved:
         raise ValueError(f"provenance may not be called {', '.join(sorted(reserved))}: the file format uses that name")
+    if not isinstance(scaling, LayerScaling | HeadScaling):
+        raise ValueError(f"a {type(scaling).__name__} has no factor file; save a LayerScaling or a HeadScaling")
     if isinstance(scaling, HeadScaling) and scaling.is_identity:
         scaling = LayerScaling.identity(scaling.num_layers)
     layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling

@@ -145,8 +145,8 @@ class HeadScaling(Scaling):
 
     @property
     def reach(self) -> float:
-        """Tokens that may be read, in windows; only factors change it."""
-        least = 1.0 if self.factors is None else min(1.0, *(min(row) for row in self.factors))
+        """Tokens that may be read, in windows, at least; only factors change it."""
+        least = 1.0 if self.factors is None else min(map(min, self.factors))
         return least * (1.0 if self.layers is None else self.layers.reach)
 
     @contextmanager

@@ -8,6 +8,7 @@ instead: each head by its own numbers, and once for each region of distances.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -41,10 +42,6 @@ class Region(NamedTuple):
     queries: Positions = Positions()
     keys: Positions = Positions()
 
-    def distance(self, query: Tensor, key: Tensor) -> Tensor:
-        """What the distances between tokens at these positions are read as, (1 or heads, tokens)."""
-        return self.queries.read(query) - self.keys.read(key)
-
 
 PLAIN = Region(0)
 
@@ -60,13 +57,17 @@ class Rotation:
     at : int tensor, shape (tokens,)
         Positions of the tokens that the layer is given.
     tables : callable
-        cos and sin, each (rows, tokens, dim), of positions as they are read, (rows, tokens): one row for all heads or
-        one for each.
+        cos and sin, each (1 or heads, tokens, dim), for how positions are read, and the positions.
     """
 
     regions: tuple[Region, ...]
     at: Tensor
-    tables: Callable[[Tensor], tuple[Tensor, Tensor]]
+    tables: Callable[[Positions, Tensor], tuple[Tensor, Tensor]]
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether the tokens don't follow each other."""
+        return not bool((self.at.diff() == 1).all())
 
     def rotate(self, query: Tensor, key: Tensor, seen: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """Since which distance, queries and keys, for each region.
@@ -83,7 +84,7 @@ class Rotation:
         list of (int, query, key)
             If heads differ, keys are repeated for each of them.
         """
-        tables = [(self.tables(r.queries.read(self.at)), self.tables(r.keys.read(seen))) for r in self.regions]
+        tables = [(self.tables(r.queries, self.at), self.tables(r.keys, seen)) for r in self.regions]
         if any(len(cos) > 1 for pair in tables for cos, _ in pair):
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         return [

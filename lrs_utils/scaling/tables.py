@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from lrs_utils.models.decode import model_name
 from lrs_utils.scaling.base import UNSCALED, Setting, reachable_decoder
 from lrs_utils.scaling.rope import DYNAMIC, divide_by_band, layer_frequencies
-from lrs_utils.scaling.rotation import PLAIN, Region, Rotation
+from lrs_utils.scaling.rotation import PLAIN, Positions, Region, Rotation
 
 _COPIES_KEPT = 2048  # of a rotary embedding, some kilobytes each
 _TABLES_KEPT = 64  # of one call of a rotary embedding; a layer's cos and sin are small beside its activations
@@ -106,13 +107,32 @@ class PositionTables:
         return torch.ones_like(given[0]), torch.zeros_like(given[1])
 
     def rotation(self, given: Any, setting: Setting) -> Rotation:
-        """How a layer that was given these position embeddings rotates in its attention."""
-        args, kwargs, _ = self._calls[given[0]]
+        """How a layer that was given these position embeddings rotates in its attention.
+
+        The same for all layers with this setting, which share its tables.
+        """
+        args, kwargs, tables = self._calls[given[0]]
+        setting = setting.positions
+        if setting not in tables:
+            if len(tables) >= _TABLES_KEPT:
+                tables.clear()
+            tables[setting] = self._make_rotation(args, kwargs, setting)
+        return tables[setting]  # type: ignore[no-any-return]
+
+    def _make_rotation(self, args: Any, kwargs: Any, setting: Setting) -> Rotation:
         length = self._stretched_for(setting.scheme, *args, **kwargs)
         factors = [setting.factor * head for head in setting.head_factors] or [setting.factor]
-        of_layer = setting.positions._replace(head_factors=(), regions=())
-        rotaries = [self.prepare(of_layer._replace(factor=factor), length) for factor in factors]
-        return self._rotation_by(args, kwargs, setting.regions or (PLAIN,), rotaries, lambda rotary: rotary)
+        rotaries = [self.prepare(setting._replace(factor=factor), length) for factor in factors]
+        rotation = self._rotation_by(args, kwargs, setting.regions or (PLAIN,), rotaries, lambda rotary: rotary)
+        made: dict[tuple[Positions, int], tuple[Tensor, Tensor]] = {}
+
+        def keep(how: Positions, at: Tensor) -> tuple[Tensor, Tensor]:
+            # in one forward pass as many positions are the same positions: those of the new tokens, or of all read
+            if (how, len(at)) not in made:
+                made[how, len(at)] = rotation.tables(how, at)
+            return made[how, len(at)]
+
+        return replace(rotation, tables=keep)
 
     def _rotation_by(
         self,
@@ -127,7 +147,8 @@ class PositionTables:
         if not bool((at == at[:1]).all()):
             raise ValueError(f"{self._name} was given a batch of texts with different positions; give one at a time")
 
-        def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+        def tables(how: Positions, at: Tensor) -> tuple[Tensor, Tensor]:
+            positions = how.read(at)
             rows = positions if len(rotaries) == 1 else positions.expand(len(rotaries), -1)
             each = [rows] if len(rotaries) == 1 else rows[:, None]
             made = []

@@ -14,6 +14,7 @@ from lrs_utils.arguments import number, whole
 from lrs_utils.models.load import LM
 from lrs_utils.progress import Progress
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
@@ -46,8 +47,8 @@ class GradientSearch:
     rate, temperature_rate : float
         Adam's, of the logs; that of temperatures of layers by itself.
     bounds : (low, high), optional
-        Of factors and bands; by default only that the longest context fits into the window, with a tenth to spare (not
-        with `extrapolate`).
+        Of factors (of layers, bands or heads); by default only that the longest context fits into the window, with a
+        tenth to spare (not with `extrapolate`).
     every : int
         Steps between candidates.
     questions : int, optional
@@ -237,9 +238,10 @@ def _refuse_bad(
 def _find_widest_bounds(lm: LM, suites: Sequence[Suite], start: Scaling, extrapolate: bool) -> tuple[float, float]:
     """Bounds of factors that only keep the longest context within the window, and the start within them."""
     layers = layers_of(start, lm)
-    low, bands = 0.0, [band for row in layers.bands or () for band in row]
+    rows = (*(layers.bands or ()), *((start.factors if isinstance(start, HeadScaling) else None) or ()))
+    low, others = 0.0, [number for row in rows for number in row]
     if not extrapolate:
         longest = max(pack(lm, probe, "a context").longest for suite in suites for probe in suite.probes)
         reach = replace(layers, factors=(1.0,) * lm.num_layers, bands=None).reach
         low = 1.1 * longest / (lm.window * (reach if math.isfinite(reach) else 1.0))
-    return min(max(low, 1e-3), *layers.factors, *bands), math.inf
+    return min(max(low, 1e-3), *layers.factors, *others), math.inf

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lrs_utils.models.load import LM
+from lrs_utils.scaling.applied import refuse_unrotatable
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import by_head, n_heads
@@ -71,7 +72,7 @@ def nll_gradient(
     ValueError
         Scheme "yarn", a model whose tables can't be differentiated, a context beyond the window.
     """
-    _refuse_without_gradient(lm, scaling)
+    _refuse_without_gradient(lm, scaling, numbers)
     compute = partial(_differentiate, lm, [probe], [1.0], scaling, numbers, extrapolate)
     layers = layers_of(scaling, lm)
     return _find_or_file(lm, scaling, gradient_key(probe, layers.scheme, layers.combine, numbers), compute, ledger)
@@ -91,7 +92,7 @@ def sum_nll_gradient(
 
     It is filed under `sum_key`, apart from the contexts' own.
     """
-    _refuse_without_gradient(lm, scaling)
+    _refuse_without_gradient(lm, scaling, numbers)
     if scaling.stretches_by_length and len(probes) > 1:
         raise ValueError(f"{scaling} stretches by a context's length; take the gradient of one context at a time")
     compute = partial(_differentiate, lm, probes, weights, scaling, numbers, extrapolate)
@@ -103,7 +104,7 @@ def sum_nll_gradient(
 def fits_at_once(lm: LM, probes: Sequence[Probe], scaling: Scaling) -> bool:
     """Whether several contexts are better differentiated in one pass: on a GPU, where its memory holds all at once.
 
-    On a CPU nothing is gained, and one at a time each has the same bits whatever goes with it.
+    On a CPU one at a time, so that each has the same bits whatever goes with it.
     """
     device = lm.model.device
     if device.type == "cpu" or scaling.stretches_by_length:
@@ -112,10 +113,12 @@ def fits_at_once(lm: LM, probes: Sequence[Probe], scaling: Scaling) -> bool:
     return _count_activation_bytes(lm, n_tokens) <= _count_room(device)
 
 
-def _refuse_without_gradient(lm: LM, scaling: Scaling) -> None:
+def _refuse_without_gradient(lm: LM, scaling: Scaling, numbers: Sequence[str]) -> None:
     if layers_of(scaling, lm).scheme == "yarn":
         raise ValueError("scheme 'yarn' has no gradient here; use 'pi', 'ntk' or 'dynamic_ntk'")
     scaling.refuse_misfit(lm.model)
+    if "head_factors" in numbers:
+        refuse_unrotatable(lm.model)
 
 
 def _find_or_file(

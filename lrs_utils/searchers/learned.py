@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrs_utils.models.load import LM
-from lrs_utils.scaling.base import UNSCALED, Scaling
+from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling, temperature_layers
 from lrs_utils.scaling.products import head_dim, n_heads
@@ -129,9 +129,9 @@ def refuse_space(lm: LM, vary: str) -> None:
 
 
 def layers_of(scaling: Scaling, lm: LM) -> LayerScaling:
-    """A scaling's part of layers; no scaling where it has none."""
-    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
-    if isinstance(layers, LayerScaling):
-        return layers
-    scheme = scaling.scheme if isinstance(scaling, HeadScaling) else UNSCALED.scheme
-    return LayerScaling.uniform(1.0, lm.num_layers, scheme)
+    """A scaling's part of layers; no scaling where it has none, or a ValueError where nothing of it can be learned."""
+    if isinstance(scaling, LayerScaling):
+        return scaling
+    if not isinstance(scaling, HeadScaling):
+        raise ValueError(f"a {type(scaling).__name__} has no numbers to learn; give a LayerScaling or a HeadScaling")
+    return scaling.layers or LayerScaling.uniform(1.0, lm.num_layers, scaling.scheme)
