@@ -4,7 +4,7 @@
 # make bench: what an answer, a gradient and a search cost, and how soon two models gain: minutes to so many points.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 BIN := .venv/bin
-EXTRAS := cluster,hub,rivals,test,tune
+EXTRAS := clients,cluster,hub,rivals,test,tune
 # one line of output per step, even when a terminal is attached to make
 RUN := $(BIN)/papermill --log-output --no-progress-bar
 

@@ -1,6 +1,7 @@
 """Layer-specific RoPE scaling: find, score and apply numbers of layers (positions) and of attention heads."""
 
 from lrs_utils import tasks
+from lrs_utils.export import export
 from lrs_utils.finding.found import Found
 from lrs_utils.finding.recipe import find_scaling
 from lrs_utils.models.load import LM, load_lm
@@ -34,6 +35,7 @@ __all__ = [
     "RandomSearch",
     "RefinementSearch",
     "TpeSearch",
+    "export",
     "find_scaling",
     "load_factors",
     "load_lm",

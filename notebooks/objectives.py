@@ -22,18 +22,22 @@ from lrs_utils.searchers.learned import SPACES
 from lrs_utils.tasks.general import MAKERS
 from lrs_utils.tasks.judging import best_subspan_em, judged
 
+LONGER = "all, longer"
 KEYS = ("uuid", "short")  # the same prompt, so left out together too
 _SEED = 40_000  # of the contexts that everything is judged on
 _CAPITALS = "capitals, closed book"
 
 
 def list_objectives(names: Sequence[str]) -> dict[str, list[str]]:
-    """Objectives by name, and the tasks of each: all, each alone, all but each, all but both kinds of pairs."""
+    """Objectives by name, and the tasks of each: all, each alone, all but each, all but both kinds of pairs.
+
+    "all, longer" has the tasks of "all"; `Search.longer` says what differs.
+    """
     alone = {name: [name] for name in names}
     without = {f"all but {name}": [other for other in names if other != name] for name in names}
     rest = [name for name in names if name not in KEYS]
     both = {"all but pairs": rest} if {*KEYS} <= {*names} and rest else {}
-    return {"all": [*names]} | alone | without | both
+    return {"all": [*names], LONGER: [*names]} | alone | without | both
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,15 @@ class Search:
         Pairs, lines, documents or words of its contexts.
     options : mapping
         Of `find_scaling`.
+    longer : mapping
+        Those that differ for the objective "all, longer".
     """
 
     lm: LM
     ledger: Ledger
     sizes: Mapping[str, Sequence[int]]
     options: Mapping[str, Any]
+    longer: Mapping[str, Any]
 
     def list_pieces(self, objectives: Mapping[str, Sequence[str]], seeds: int) -> dict[str, Callable[[], pd.DataFrame]]:
         """Every search, by objective and seed: pieces of a table."""
@@ -64,7 +71,8 @@ class Search:
     def find(self, objective: str, searched: Sequence[str], seed: int) -> pd.DataFrame:
         """One call of `find_scaling`: its scaling as a key, and what it costs free text."""
         given = list(tasks.general_tasks({name: self.sizes[name] for name in searched}).values())
-        found = find_scaling(self.lm, given, seed=seed, ledger=self.ledger, **self.options)
+        options = {**self.options, **(self.longer if objective == LONGER else {})}
+        found = find_scaling(self.lm, given, seed=seed, ledger=self.ledger, **options)
         chosen = found.choices[found.choices["chosen"]] if len(found.choices) else found.choices
         row = {"objective": objective, "seed": seed, "scaling": found.scaling.key, "dose": chosen["dose"].sum()}
         for kind in found.about["texts"]:
@@ -97,7 +105,8 @@ def make_tests(
     for name, of in sizes.items():
         for size in of:
             options = {} if name in ("copying", "documents") else {"positions": _positions(size)}
-            found[f"{name}, {size}"] = MAKERS[name](size, n_contexts=n_contexts, seed=_SEED, **options)
+            n = (n_contexts + 1) // 2 if name == "documents" else n_contexts  # each is read again for every place
+            found[f"{name}, {size}"] = MAKERS[name](size, n_contexts=n, seed=_SEED, **options)
     found["pages"] = tasks.country_pages(pages, _SEED, n_words=page_words)
     for distance in distances:
         found[f"references, {distance} words"] = tasks.references(distance, min(n_contexts, 30), _SEED)

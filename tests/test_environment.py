@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = [Requirement(r) for r in chain(PROJECT["dependencies"], *EXTRAS.values())]
-BROUGHT_BY_PIP = {"bm25s", "datasets", "playwright", "pypi-simple"}  # by the last line of environment.yml
+BROUGHT_BY_PIP = {"bm25s", "datasets", "lm-eval", "playwright", "pypi-simple"}  # by the last line of environment.yml
 CONDA_NAMES = {"torch": "pytorch"}
 
 

@@ -270,18 +270,16 @@ def test_an_exported_model_is_an_ordinary_checkpoint_that_computes_the_same(help
         helped.export(folder)
 
 
-def test_what_does_not_fold_is_not_exported(helped, tmp_path):
+def test_what_is_found_is_exported_with_what_the_test_measured(helped, tmp_path):
     other = replace(helped, scaling=LayerScaling((1.2, 1.0), "ntk"))
-    with pytest.raises(
-        ValueError, match="the factor of layer 0 changes cos and sin, which no weight of tiny-llama holds"
-    ):
-        other.export(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="full is not empty; give a new folder"):
-        helped.export(tmp_path / "full")
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    with pytest.raises(ValueError, match="the factor of layer 0 changes cos and sin"):
+        other.export(tmp_path / "folder", "stock")
+    assert other.export(tmp_path / "folder").form == "granite"
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "| planted, share of answers right |" in card
+    assert "| perplexity of text, play |" in card
+    assert "planted: 228 to 228" in card
+    assert (tmp_path / "folder" / "scaling.png").exists()
 
 
 # Killed, and run again

@@ -200,7 +200,7 @@ def test_a_folded_model_is_a_plain_one_that_computes_the_same(lm, ids, scaling):
 def test_temperatures_of_layers_fold_and_factors_do_not(lm, ids):
     temperatures = fitting(lm, LayerScaling((1, 1), temperatures=(0.6, 1.4)))
     close(logits(temperatures.fold_into(lm.model), ids), scaled_logits(lm, temperatures, ids))
-    with pytest.raises(ValueError, match=f"factors change cos and sin, which no weight of {lm.name} holds"):
+    with pytest.raises(ValueError, match="changes cos and sin, which no weight of " + lm.name):
         HeadScaling(gains=GAINS, layers=fitting(lm, LAYERS)).fold_into(lm.model)
     with pytest.raises(ValueError, match="the factor of layer 1 changes cos and sin"):
         LayerScaling((1.0, 1.2)).fold_into(lm.model)

@@ -16,6 +16,7 @@ ORDER = [
     ["scoring"],
     ["searchers", "peers"],
     ["analysis"],  # all of it but statistics
+    ["export"],
     ["finding", "training", "playground"],
     ["notebook", "__init__"],
 ]

@@ -1,6 +1,6 @@
 """What `find_scaling` returns: a scaling, its gain and cost on contexts that nothing has seen, and ways to keep it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lrs_utils.analysis.methods import COLOURS
+from lrs_utils.analysis.numbers import describe_numbers, draw_numbers, list_maps
 from lrs_utils.analysis.statistics import bootstrap_mean, by_fifth, mean_over_questions, paired_change, utilisation
+from lrs_utils.export import Exported, export
 from lrs_utils.models.load import LM
-from lrs_utils.progress import no_progress_bars
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import save_factors
-from lrs_utils.scaling.heads import HeadScaling
-from lrs_utils.scaling.layers import LayerScaling
-from lrs_utils.scaling.products import n_heads
 from lrs_utils.scoring.outcomes import Outcomes
 from lrs_utils.searchers.learned import BANDS
 from lrs_utils.tasks import Suite
@@ -108,7 +105,7 @@ class Found:
         text, minutes = self.row("text", "perplexity, not seen"), self.row("search", "seconds")["found"] / 60
         return (
             f"{self.lm.name} gets {' and '.join(gains)}, and the perplexity of text it never saw changes by "
-            f"{100 * (text['found'] / text['no scaling'] - 1):+.1f} %: {_describe_numbers(self.scaling, self.lm)}, "
+            f"{100 * (text['found'] / text['no scaling'] - 1):+.1f} %: {describe_numbers(self.scaling, self.lm)}, "
             f"found in {minutes:.1f} minutes."
         )
 
@@ -125,7 +122,7 @@ class Found:
         others : mapping of name to Outcomes, optional
             Outcomes of other scalings on the test contexts (`judged.tasks[0]`), each drawn as a further line.
         """
-        n_maps = max(1, len(_list_maps(self.scaling, self.lm)))
+        n_maps = max(1, len(list_maps(self.scaling, self.lm)))
         ratios = (1.2, *[1] * n_maps)
         figure, (left, *maps) = plt.subplots(1, 1 + n_maps, figsize=(5.2 + 4.3 * n_maps, 3.2), width_ratios=ratios)
         suite, (before, after) = self.judged.tasks[0], (found[0] for found in self.judged.outcomes)
@@ -136,26 +133,17 @@ class Found:
 
     def save(self, path: str | Path) -> None:
         """Write a factor file with its provenance and what it is valid for; `load_factors` reads it."""
+        save_factors(path, self.scaling, **self._tell_provenance())
+
+    def export(self, folder: str | Path, form: str = "auto") -> Exported:
+        """Save the model with the scaling as a folder that loads without lrs_utils: `export`."""
+        figure = self.plot()
+        plt.close(figure)
+        return export(self.lm, self.scaling, folder, form, provenance=self._tell_provenance(), figure=figure)
+
+    def _tell_provenance(self) -> dict[str, Any]:
         rows = self.table.replace({np.nan: None}).to_dict("records")
-        save_factors(
-            path, self.scaling, model=self.lm.name, fingerprint=self.lm.fingerprint, found=self.about, test=rows
-        )
-
-    def export(self, folder: str | Path) -> None:
-        """Save the model with the scaling in its weights, and its tokenizer: an ordinary checkpoint.
-
-        Raises
-        ------
-        ValueError
-            The scaling can't be folded into weights (`fold_into`); the folder isn't empty.
-        """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty; give a new folder")
-        plain = self.scaling.fold_into(self.lm.model)
-        with no_progress_bars():
-            plain.save_pretrained(folder)
-        self.lm.tokenizer.save_pretrained(folder)
+        return {"model": self.lm.name, "fingerprint": self.lm.fingerprint, "found": self.about, "test": rows}
 
 
 def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
@@ -182,29 +170,6 @@ def draw_by_depth(outcomes: Mapping[str, Outcomes], ax: Axes) -> None:
         )
     ax.axvspan(0.2, 0.8, color="0.94", zorder=0)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="depth of the answer (0 beginning, 1 end)", ylabel="accuracy")
-
-
-def draw_numbers(scaling: Scaling, lm: LM, axes: Sequence[Axes]) -> None:
-    """A scaling's numbers: a map of layers and heads for each kind, or factors and temperatures over layers."""
-    if maps := _list_maps(scaling, lm):
-        for ax, ((name, of), numbers) in zip(axes, maps.items(), strict=True):
-            values = np.log2(np.array(numbers)).T
-            limit = float(np.abs(values).max())
-            bar = {"label": f"log2 of {of} {name}"}
-            sns.heatmap(values, cmap="vlag", vmin=-limit, vmax=limit, ax=ax, cbar_kws=bar, xticklabels=5)
-            ax.tick_params(axis="x", rotation=0)
-            ax.set(xlabel="layer", ylabel=of)
-            ax.set_title(f"one {name} per {of}", loc="left")
-        return
-    [ax] = axes
-    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
-    if isinstance(layers, LayerScaling):
-        ax.plot(layers.factors, color="#0173b2")
-        ax.annotate("factor", (len(layers.factors) - 1, layers.factors[-1]), color="#0173b2")
-        if layers.temperatures:
-            ax.plot(layers.temperatures, color="#de8f05")
-            ax.annotate("temperature", (len(layers.factors) - 1, layers.temperatures[-1]), color="#de8f05")
-    ax.set(xlabel="layer", ylabel="number")
 
 
 def tabulate(judged: Judged, *, seconds: float, answers: int) -> pd.DataFrame:
@@ -255,31 +220,3 @@ def _compare_perplexity(name: str, before: NDArray[np.float64], after: NDArray[n
 
 def _make_row(measure: str, before: float, after: float) -> dict[str, Any]:
     return {"measure": measure, "no scaling": before, "found": after, "change": after - before}
-
-
-def _describe_numbers(scaling: Scaling, lm: LM) -> str:
-    parts = [f"{np.size(numbers):,} {of} {name}s" for (name, of), numbers in _list_maps(scaling, lm).items()]
-    if isinstance(scaling, HeadScaling) and scaling.mlp_gains:
-        parts.append(f"{len(scaling.mlp_gains)} gains of MLPs")
-    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
-    if isinstance(layers, LayerScaling) and ({*layers.factors} != {1.0} or layers.temperatures):
-        names = "factors and temperatures" if layers.temperatures else "factors"
-        parts.append(f"{len(layers.factors)} {names} of layers")
-    return " and ".join(parts)
-
-
-def _list_maps(scaling: Scaling, lm: LM) -> dict[tuple[str, str], tuple[tuple[float, ...], ...]]:
-    """Numbers of which a layer has several, (layers, numbers), by the name of one and what has it."""
-    found, heads = {}, n_heads(lm.model)
-    if isinstance(scaling, HeadScaling):
-        of_heads = {
-            "gain": (scaling.gains, "channel"), "temperature": (scaling.temperatures, "pair"),
-            "factor": (scaling.factors, ""),
-        }  # fmt: skip
-        for name, (numbers, of) in of_heads.items():
-            if numbers:
-                found[name, "head" if len(numbers[0]) == heads else of] = numbers
-    layers = scaling.layers if isinstance(scaling, HeadScaling) else scaling
-    if isinstance(layers, LayerScaling) and layers.bands:
-        found["factor", "band"] = layers.bands
-    return found

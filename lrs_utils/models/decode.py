@@ -13,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 
+NO_SINK = -1e4  # at most: the logit of an attention sink that takes nothing
+
 
 def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:
     """Greedy continuations by the model's `generate`, with settings of our own.
@@ -71,7 +73,8 @@ def known_window(module: nn.Module, handed: int | EllipsisType | None, kwargs: M
     """
     family = type(module).__name__
     for unknown in ("softcap", "s_aux"):
-        if kwargs.get(unknown) is not None:
+        value = kwargs.get(unknown)
+        if value is not None and not (unknown == "s_aux" and bool((value <= NO_SINK).all())):
             raise ValueError(f"{family} uses {unknown}, which lrs_utils' attention does not know")
     if not isinstance(handed, EllipsisType):
         return handed

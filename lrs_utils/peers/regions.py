@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lrs_utils.arguments import whole
 from lrs_utils.models.decode import model_name
+from lrs_utils.models.scaled import refuse_exported
 from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.applied import positions_replaced, refuse_scaled, refuse_unrotatable
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
@@ -98,6 +99,7 @@ class RegionScaling(Scaling):
 
     def refuse_misfit(self, model: PreTrainedModel) -> None:
         """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
+        refuse_exported(model)
         refuse_scaled(model)
         n_layers, heads = len(reachable_decoder(model).layers), n_heads(model)
         if len(self.regions) != n_layers:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lrs_utils.models.decode import attending_by, model_name
 from lrs_utils.scaling.base import UNSCALED, Setting, reachable_decoder
+from lrs_utils.scaling.caches import caches_marked
 from lrs_utils.scaling.rotation import PLAIN, ROTATING
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, logits, same, some_tokens, tried
@@ -58,6 +59,7 @@ def positions_replaced(
     with ExitStack() as stack:
         _scaled_decoders[decoder] = threading.get_ident()
         stack.callback(_scaled_decoders.pop, decoder)
+        stack.enter_context(caches_marked(decoder, "positions", settings))
         if any(setting.rotates_itself for setting in settings):
             stack.enter_context(attending_by(model, ROTATING))
             stack.callback(decoder.register_forward_pre_hook(_refuse_padding, with_kwargs=True).remove)

@@ -110,6 +110,11 @@ def read_factors(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
+def without_numbers(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance in a factor file's content, as `save_factors` takes it."""
+    return {name: value for name, value in content.items() if name not in _RESERVED}
+
+
 def _found(path: str | Path) -> Any:
     if Path(path).exists():
         return Path(path)

@@ -15,10 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedModel
 
 from lrs_utils.models.decode import model_name
+from lrs_utils.models.scaled import refuse_exported
 from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.applied import positions_replaced, refuse_scaled, refuse_unrotatable
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
-from lrs_utils.scaling.fold import fold_heads
+from lrs_utils.scaling.fold import fold
 from lrs_utils.scaling.layers import LayerScaling, refuse_unknown
 from lrs_utils.scaling.products import head_dim, heads_multiplied, n_heads, refuse_unreachable_heads
 from lrs_utils.scaling.rope import SCHEMES
@@ -175,6 +176,8 @@ class HeadScaling(Scaling):
 
     def refuse_misfit(self, model: PreTrainedModel) -> None:
         """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
+        if not self.is_identity:
+            refuse_exported(model)
         n_layers, heads = len(reachable_decoder(model).layers), n_heads(model)
         if self.layers is not None:
             self.layers.refuse_misfit(model)
@@ -196,25 +199,8 @@ class HeadScaling(Scaling):
         refuse_unreachable_heads(model, self.settings)
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of a model whose own weights hold the numbers: a plain model that computes the same, at no cost.
-
-        Gains multiply columns of `o_proj`, temperatures rows of `q_proj` (or the weight of a query norm after it),
-        gains of the MLP rows of `down_proj`. `model` is not changed.
-
-        Raises
-        ------
-        ValueError
-            Where that can't be exact: factors of layers, a query norm that heads with different temperatures share, a
-            projection that isn't a plain linear layer (quantised, or with an adapter).
-        """
-        self.refuse_misfit(model)
-        LayerScaling.identity(self.num_layers).refuse_misfit(model)  # a copy would keep the hooks of one applied
-        if self.layers is not None or self.factors is not None:
-            raise ValueError(
-                f"factors change cos and sin, which no weight of {model_name(model)} holds; fold gains and "
-                "temperatures of heads alone, or use `applied_to`"
-            )
-        return fold_heads(model, self.settings)
+        """A copy of a model whose own weights hold the numbers: a plain model that computes the same (`fold.fold`)."""
+        return fold(self, model)
 
     def at_dose(self, dose: float) -> "HeadScaling":
         """All numbers to the power of `dose`: 0 is no scaling, 1 this one."""

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lrs_utils.models.decode import model_name
+from lrs_utils.models.scaled import refuse_exported
 from lrs_utils.models.turns import used_alone
 from lrs_utils.scaling.applied import positions_replaced, refuse_scaled
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
-from lrs_utils.scaling.fold import fold_heads
-from lrs_utils.scaling.products import n_heads, refuse_unreachable_heads
+from lrs_utils.scaling.fold import fold
 from lrs_utils.scaling.rope import COMBINATIONS, DYNAMIC, SCHEMES
 from lrs_utils.scaling.tables import PositionTables
 from lrs_utils.scaling.trial import N_TOKENS, layers_with_temperatures, obeys_factors, tried
@@ -154,7 +154,8 @@ class LayerScaling(Scaling):
 
         Hooks replace the `position_embeddings` that each decoder layer receives; no weight or buffer changes,
         and everything is removed again on exit, even after an error. Another thread that calls the model meanwhile
-        waits.
+        waits. A cache of keys and values that was filled under another scaling is refused; one that was filled inside
+        the block must not be used outside, where nothing could see it.
 
         Parameters
         ----------
@@ -178,6 +179,8 @@ class LayerScaling(Scaling):
 
     def refuse_misfit(self, model: PreTrainedModel) -> None:
         """Raise the ValueError of `applied_to` where this scaling can't be put on the model as it is."""
+        if not self.is_identity:
+            refuse_exported(model)
         decoder = reachable_decoder(model)
         n_layers = len(decoder.layers)
         if len(self.factors) != n_layers:
@@ -191,24 +194,8 @@ class LayerScaling(Scaling):
             PositionTables(model).prepare(UNSCALED._replace(bands=self.bands[0]))
 
     def fold_into(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of a model whose weights hold the temperatures; factors act on cos and sin, which no weight holds.
-
-        Raises
-        ------
-        ValueError
-            A factor that changes anything; temperatures where `HeadScaling.fold_into` refuses them.
-        """
-        changed = [at for at, setting in enumerate(self.settings) if setting._replace(temperature=1.0) != UNSCALED]
-        if changed:
-            raise ValueError(
-                f"the factor of layer {changed[0]} changes cos and sin, which no weight of {model_name(model)} holds; "
-                "use `applied_to`, or a scaling of head gains or temperatures"
-            )
-        self.refuse_misfit(model)
-        temperatures, heads = self.temperatures or (1.0,) * len(self.factors), n_heads(model)
-        settings = [UNSCALED._replace(head_temperatures=(t,) * heads if t != 1 else ()) for t in temperatures]
-        refuse_unreachable_heads(model, settings)
-        return fold_heads(model, settings)
+        """A copy of a model whose own weights hold the temperatures; factors are refused (`fold.fold`)."""
+        return fold(self, model)
 
     def at_dose(self, dose: float) -> "LayerScaling":
         """All numbers to the power of `dose`: 0 is no scaling, 1 this one."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lrs_utils.models.decode import model_name
 from lrs_utils.scaling.base import Setting, reachable_decoder
+from lrs_utils.scaling.caches import caches_marked
 from lrs_utils.scaling.trial import layers_with_temperatures, tried
 
 _scaled_decoders: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread; others wait
@@ -25,6 +26,7 @@ def heads_multiplied(model: PreTrainedModel, settings: Sequence[Setting]) -> Ite
     with ExitStack() as stack:
         _scaled_decoders[decoder] = threading.get_ident()
         stack.callback(_scaled_decoders.pop, decoder)
+        stack.enter_context(caches_marked(decoder, "heads", settings))
         for layer, setting in zip(decoder.layers, settings, strict=True):
             stack.enter_context(multiplied(layer, *products([setting], 1, model)))
         yield

@@ -83,15 +83,15 @@ class PositionTables:
             handle.remove()
 
     def __call__(self, given: Any, setting: Setting) -> tuple[Tensor, Tensor]:
+        setting = setting.positions
+        if setting == UNSCALED:
+            return given  # type: ignore[no-any-return]
         if given is None or given[0] not in self._calls:
             raise ValueError(
                 f"{self._name} gave a layer position embeddings that its rotary_emb did not make, "
                 "so the layer's factor would have been ignored"
             )
         args, kwargs, tables = self._calls[given[0]]
-        setting = setting.positions
-        if setting == UNSCALED:
-            return given  # type: ignore[no-any-return]
         if setting.rotates_itself:
             return self.rotates_nothing(given)
         if setting not in tables:
