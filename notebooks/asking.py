@@ -1,7 +1,11 @@
 """Questions that a model gets wrong, what it writes, and the answer of a whole run in two sentences."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -46,6 +50,32 @@ def tabulate_answers(lm: LM, asked: Suite, scaling: Scaling, *, tokens: int, led
         verdict = "right" if written.startswith(q.accepted) else "wrong"
         rows.append((q.prompt.strip(), q.answer.strip(), written, verdict))
     return pd.DataFrame(rows, columns=["question", "right answer", "the model writes", "verdict"])
+
+
+_ELSEWHERE = """
+import json, sys
+sys.modules["lrs_utils"] = None  # importing it is an error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens, trust = json.loads(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+written = []
+for prompt in json.load(sys.stdin):
+    ids = tokenizer(prompt, return_tensors="pt")
+    tokens_out = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    written.append(tokenizer.decode(tokens_out[0, ids["input_ids"].shape[1] :]))
+print(json.dumps(written))
+"""
+
+
+def read_elsewhere(folder: Path, prompts: Sequence[str], tokens: int) -> list[str]:
+    """What the model in a folder writes after each prompt, to the first line break, in a process without lrs_utils."""
+    about = json.dumps([str(folder), tokens, (folder / "modeling_lrs.py").exists()])
+    command = [sys.executable, "-c", _ELSEWHERE, about]
+    found = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise RuntimeError(f"{folder} can't be read there: {found.stderr.strip().splitlines()[-1]}")
+    return [text.strip().partition("\n")[0] for text in json.loads(found.stdout)]
 
 
 def read_accuracy(found: Found, measure: str) -> str | None:
