@@ -22,22 +22,18 @@ from lrs_utils.searchers.learned import SPACES
 from lrs_utils.tasks.general import MAKERS
 from lrs_utils.tasks.judging import best_subspan_em, judged
 
-LONGER = "all, longer"
 KEYS = ("uuid", "short")  # the same prompt, so left out together too
 _SEED = 40_000  # of the contexts that everything is judged on
 _CAPITALS = "capitals, closed book"
 
 
 def list_objectives(names: Sequence[str]) -> dict[str, list[str]]:
-    """Objectives by name, and the tasks of each: all, each alone, all but each, all but both kinds of pairs.
-
-    "all, longer" has the tasks of "all"; `Search.longer` says what differs.
-    """
+    """Objectives by name, and the tasks of each: all, each alone, all but each, all but both kinds of pairs."""
     alone = {name: [name] for name in names}
     without = {f"all but {name}": [other for other in names if other != name] for name in names}
     rest = [name for name in names if name not in KEYS]
     both = {"all but pairs": rest} if {*KEYS} <= {*names} and rest else {}
-    return {"all": [*names], LONGER: [*names]} | alone | without | both
+    return {"all": [*names]} | alone | without | both
 
 
 @dataclass(frozen=True)
@@ -50,15 +46,15 @@ class Search:
         Pairs, lines, documents or words of its contexts.
     options : mapping
         Of `find_scaling`.
-    longer : mapping
-        Those that differ for the objective "all, longer".
+    ways : mapping of a name to a mapping
+        Other ways to search on all tasks, objectives "all, NAME": what differs from the options.
     """
 
     lm: LM
     ledger: Ledger
     sizes: Mapping[str, Sequence[int]]
     options: Mapping[str, Any]
-    longer: Mapping[str, Any]
+    ways: Mapping[str, Mapping[str, Any]]
 
     def list_pieces(self, objectives: Mapping[str, Sequence[str]], seeds: int) -> dict[str, Callable[[], pd.DataFrame]]:
         """Every search, by objective and seed: pieces of a table."""
@@ -71,7 +67,7 @@ class Search:
     def find(self, objective: str, searched: Sequence[str], seed: int) -> pd.DataFrame:
         """One call of `find_scaling`: its scaling as a key, and what it costs free text."""
         given = list(tasks.general_tasks({name: self.sizes[name] for name in searched}).values())
-        options = {**self.options, **(self.longer if objective == LONGER else {})}
+        options = {**self.options, **self.ways.get(objective.removeprefix("all, "), {})}
         found = find_scaling(self.lm, given, seed=seed, ledger=self.ledger, **options)
         chosen = found.choices[found.choices["chosen"]] if len(found.choices) else found.choices
         row = {"objective": objective, "seed": seed, "scaling": found.scaling.key, "dose": chosen["dose"].sum()}

@@ -40,7 +40,7 @@ class Trial:
     Attributes
     ----------
     n_pairs : int
-        Short pairs in a context: so many that no scaling gets 15 to 85 % right.
+        Pairs in a context: so many that no scaling gets 15 to 85 % right.
     limits : sequence of float
         What a scaling by gradient may cost in perplexity, each as a share.
     contexts : (search, validation, test)
@@ -51,6 +51,8 @@ class Trial:
         Of the genetic algorithm.
     grid : sequence of float
         Factors tried for all layers together.
+    keys : str
+        Of the pairs, "short" or "uuid".
     """
 
     lm: LM
@@ -63,10 +65,15 @@ class Trial:
     population: int
     grid: Sequence[float]
     own_bounds: tuple[float, float]
+    keys: str = "short"
 
     def make_suite(self, n_contexts: int, seed: int, **options: Any) -> tasks.Suite:
-        """Short pairs, as many as this model's."""
-        return tasks.kv_retrieval(self.n_pairs, n_contexts, seed, keys="short", **options)
+        """Pairs, as many as this model's."""
+        return tasks.kv_retrieval(self.n_pairs, n_contexts, seed, keys=self.keys, **options)
+
+    def make_judged(self, n_contexts: int) -> tasks.Suite:
+        """Contexts that no search, choice or test of `find_scaling` sees."""
+        return self.make_suite(n_contexts, _JUDGED["contexts"])
 
     def descend(self, space: str, seed: int) -> pd.DataFrame:
         """`find_scaling` in a space: a row for each limit; the search is the same, the dose isn't."""
@@ -74,7 +81,7 @@ class Trial:
         for limit in self.limits:
             started = process_time()
             found = find_scaling(
-                self.lm, partial(tasks.kv_retrieval, self.n_pairs, keys="short"), space=space, steps=self.steps,
+                self.lm, partial(tasks.kv_retrieval, self.n_pairs, keys=self.keys), space=space, steps=self.steps,
                 contexts=self.contexts, max_perplexity_rise=limit, seed=seed, ledger=self.ledger,
             )  # fmt: skip
             chosen = found.choices[found.choices["chosen"]] if len(found.choices) else found.choices
@@ -136,26 +143,26 @@ class Trial:
             contexts), "p" of the paired permutation test, the change "by fifth" of depth, the rise of "perplexity" in
             per cent.
         """
-        suite = self.make_suite(n_contexts, _JUDGED["contexts"])
-        text = _cut_unseen_text(stretches)
+        suite = self.make_judged(n_contexts)
+        text = cut_unseen_text(stretches)
         scalings = [LayerScaling.identity(self.lm.num_layers), *map(read_key, searches["scaling"])]
         distinct = list({scaling.key: scaling for scaling in scalings}.values())
         outcomes = score(self.lm, suite, distinct, ledger=self.ledger)
         nll = score(self.lm, text, distinct, ledger=self.ledger).nll[:, :, 0]
         at = [[d.key for d in distinct].index(scaling.key) for scaling in scalings]
-        rows = [_compare(outcomes.exact[0], outcomes.exact[m], outcomes.depths, nll[0], nll[m]) for m in at]
+        rows = [compare_outcomes(outcomes.exact[0], outcomes.exact[m], outcomes.depths, nll[0], nll[m]) for m in at]
         first = pd.DataFrame([{"method": "no scaling", "seed": 0, "scaling": distinct[0].key}])
         return pd.concat([first, searches], ignore_index=True).join(pd.DataFrame(rows))
 
     def read_by_fifth(self, key: str, n_contexts: int) -> Interval:
         """Accuracy on the contexts that all are judged on, by fifth of depth, under the scaling of a key."""
-        suite = self.make_suite(n_contexts, _JUDGED["contexts"])
+        suite = self.make_judged(n_contexts)
         outcomes = score(self.lm, suite, [read_key(key)], ledger=self.ledger)
         return bootstrap_mean(by_fifth(outcomes.exact[0], outcomes.depths))
 
     def list_evidence(self, scalings: Sequence[str], n_contexts: int, stretches: int) -> tuple[Any, list[str]]:
         """What the results of `judge` and `compare_kinds` stand on, as `Ledger.export` takes it."""
-        suites = (self.make_suite(n_contexts, _JUDGED["contexts"]), _cut_unseen_text(stretches))
+        suites = (self.make_judged(n_contexts), cut_unseen_text(stretches))
         layers = [key for key in scalings if ";" not in key]
         parts = [part.key for key in layers for part in split_by_kind(self.lm, read_key(key)).values()]
         fingerprint = self.lm.fingerprint
@@ -164,7 +171,7 @@ class Trial:
 
     def save(self, path: Path, row: pd.Series, **about: Any) -> None:
         """A judged row's scaling as a factor file that says what it is valid for and what it gained."""
-        suite = self.make_suite(5, _JUDGED["contexts"])
+        suite = self.make_judged(5)
         tokens = [pack(self.lm, probe, suite.name).longest for probe in suite.probes]
         held_out = {name: float(row[name]) for name in ("accuracy", "points", "low", "high", "p", "perplexity")}
         held_out["by fifth"] = row["by fifth"]
@@ -177,7 +184,7 @@ class Trial:
 
     def compare_kinds(self, key: str, n_contexts: int) -> dict[str, Interval]:
         """Points gained by a scaling's factors of sliding layers only, and of full layers only."""
-        suite, parts = self.make_suite(n_contexts, _JUDGED["contexts"]), split_by_kind(self.lm, read_key(key))
+        suite, parts = self.make_judged(n_contexts), split_by_kind(self.lm, read_key(key))
         scalings = [LayerScaling.identity(self.lm.num_layers), *parts.values()]
         before, *after = score(self.lm, suite, scalings, ledger=self.ledger).exact.mean(axis=2)
         return {kind: bootstrap_mean(100 * (a - before)) for kind, a in zip(parts, after, strict=True)}
@@ -209,15 +216,16 @@ def pool(by_seed: Sequence[pd.DataFrame]) -> pd.DataFrame:
     )
 
 
-def _cut_unseen_text(stretches: int) -> tasks.Suite:
+def cut_unseen_text(stretches: int) -> tasks.Suite:
     """Stretches of the last third of each text, which `find_scaling` searches and chooses nothing on."""
     nothing = {"search": 1, "validation": 1, "test": 1}
     return divide([], default_texts(), nothing, stretches, _JUDGED["texts"])["test"].text
 
 
-def _compare(
+def compare_outcomes(
     before: np.ndarray, after: np.ndarray, depths: np.ndarray, text_before: np.ndarray, text_after: np.ndarray
 ) -> dict[str, Any]:
+    """Accuracy after, points gained with their interval, the change by fifth, the rise of perplexity in per cent."""
     change = paired_change(100 * before.mean(axis=1), 100 * after.mean(axis=1))
     fifths = by_fifth(after, depths) - by_fifth(before, depths)
     return {"accuracy": after.mean(), "points": change.pop("change")} | change | {

@@ -150,6 +150,31 @@ def _families() -> list[dict[str, str]]:
     return [*table, {"model types": unbuilt} | {str(name): "not tried" for name in verdicts}]
 
 
+def _exports() -> list[dict[str, str]]:
+    """Random models: a row for each kind of numbers, a column for each family."""
+    table: dict[str, dict[str, str]] = {}
+    for r in _rows("exports"):
+        if r["model"] not in _MODELS:
+            row = table.setdefault(r["scaling"], {"numbers": r["scaling"]})
+            form, error = r["form"], "" if pd.isna(r["error"]) else f", {r['error']:.0e}"
+            row[r["model"].removeprefix("tiny-")] = form + error
+    return [*table.values()]
+
+
+def _exports_real() -> list[dict[str, str]]:
+    return [
+        {
+            "model": _MODELS[r["model"]], "factor file": r["scaling"], "precision": r["precision"], "form": r["form"],
+            "largest difference": f"{r['error']:.0e}", "same 64 tokens": "yes" if r["same tokens"] else "no",
+            "accuracy, scaled and folder": ""
+            if pd.isna(r["accuracy, hook"])
+            else f"{100 * r['accuracy, hook']:.1f} %, {100 * r['accuracy, folder']:.1f} %",
+        }
+        for r in _rows("exports")
+        if r["model"] in _MODELS
+    ]  # fmt: skip
+
+
 def _points(change: float, low: float, high: float) -> str:
     return f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
 
@@ -340,7 +365,7 @@ TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),
     "cream": _cream, "cream_large": _cream_large, "bench": _bench, "gradient": _gradient, "record": _record,
-    "two_models": _two_models, "verdicts": _verdicts,
+    "exports": _exports, "exports_real": _exports_real, "two_models": _two_models, "verdicts": _verdicts,
     "map": partial(_notebooks, "notebooks/", True), "notebooks": partial(_notebooks, "", False),
 }  # fmt: skip
 
