@@ -1,7 +1,7 @@
 """What a scaling is searched on, and where it then helps: tasks alone, all together, all but one; real text."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -12,13 +12,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from lrs_utils import LM, LayerScaling, Ledger, find_scaling, score, tasks
+from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, find_scaling, score, tasks
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import read_key
 from lrs_utils.scoring.answers import generate_answers
 from lrs_utils.searchers.gradient import nll_gradient
-from lrs_utils.searchers.learned import SPACES
+from lrs_utils.searchers.learned import SPACES, layers_of
 from lrs_utils.tasks.general import MAKERS
 from lrs_utils.tasks.judging import best_subspan_em, judged
 
@@ -168,6 +168,33 @@ def read_answers(
     if suite.name.startswith("capitals"):  # the options are its questions, the right one first
         return np.array(nll.argmin(axis=1) == 0, float)[:, None], nll[:, :1]
     return np.where(suite.asked, outcomes.exact[0], np.nan), nll
+
+
+def try_temperatures(
+    lm: LM, key: str, tests: Mapping[str, tasks.Suite], multipliers: Sequence[float], ledger: Ledger
+) -> pd.DataFrame:
+    """Whether longer contexts want a higher temperature: that of all layers times each multiplier, test by test.
+
+    Returns
+    -------
+    DataFrame
+        A row for each test and multiplier: "accuracy", and the "points" it adds to the scaling as it was found, with
+        "low" and "high".
+    """
+    found = read_key(key)
+    heads = found if isinstance(found, HeadScaling) else HeadScaling(layers=layers_of(found, lm))
+    layers = heads.layers or LayerScaling.identity(lm.num_layers)
+    before = layers.temperatures or (1.0,) * lm.num_layers
+    rows = []
+    for name, suite in tests.items():
+        warmed = [replace(layers, temperatures=tuple(m * t for t in before)) for m in (1.0, *multipliers)]
+        scalings = [replace(heads, layers=of) for of in warmed]
+        exact = score(lm, suite, scalings, ledger=ledger, extrapolate=True).exact.mean(axis=2)
+        for multiplier, after in zip(multipliers, exact[1:], strict=True):
+            change = paired_change(100 * exact[0], 100 * after)
+            row = {"test": name, "temperatures times": multiplier, "accuracy": after.mean()}
+            rows.append(row | {"points": change["change"], "low": change["low"], "high": change["high"]})
+    return pd.DataFrame(rows)
 
 
 def read_by_fifth(exact: NDArray[np.float64], depths: NDArray[np.float64]) -> Interval:

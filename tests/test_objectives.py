@@ -51,13 +51,15 @@ def test_a_search_gives_a_row_that_its_scaling_can_be_read_from(tiny, ledger, mo
     monkeypatch.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
     monkeypatch.setattr(free_text, "OPENINGS", free_text.OPENINGS[:2])
     options = {"texts": TEXTS, "steps": 2, "contexts": (2, 2, 2), "stretches": 2}
-    search = Search(tiny, ledger, SIZES, options)
+    search = Search(tiny, ledger, SIZES, options, {"gains": {"space": "head_gains"}})
     pieces = search.list_pieces({"all": ["short", "copying"]}, 2)
     assert [*pieces] == ["all | 0", "all | 1"]
     [row] = pieces["all | 1"]().to_dict("records")
     assert (row["objective"], row["seed"]) == ("all", 1)
     assert objectives.read_key(row["scaling"]).key == row["scaling"]
     assert np.isfinite([row["book, change"], row["facts, high"], row["near repeats, greedy"]]).all()
+    [other] = search.list_pieces({"all, gains": ["short", "copying"]}, 1)["all, gains | 0"]().to_dict("records")
+    assert "temperatures" not in other["scaling"], "what differs in this way to search"
 
 
 def test_scalings_are_judged_against_no_scaling_and_corrected_over_all(tiny, ledger, suites):
@@ -102,3 +104,19 @@ def test_fifths_that_few_pages_ask_about_have_no_interval():
     assert found.mean[0] == pytest.approx(2 / 3)
     assert np.isnan(found.mean[1:]).all()
     assert found.low[0] <= found.mean[0] <= found.high[0]
+
+
+@pytest.mark.parametrize("key", ["heads", "layers"])
+def test_temperatures_are_tried_on_top_of_a_scaling(tiny, ledger, suites, key):
+    layers = LayerScaling((1.1, 1.0), "ntk", temperatures=(1.2, 1.0))
+    scaling = HeadScaling(gains=[[1.3, 0.8, 1.0, 1.0]] * 2) if key == "heads" else layers
+    table = objectives.try_temperatures(tiny, scaling.key, {"short": suites["short, 4"]}, [0.5, 2.0], ledger)
+    assert table["temperatures times"].tolist() == [0.5, 2.0]
+    twice = {
+        "heads": HeadScaling(gains=scaling.gains, layers=LayerScaling((1, 1), temperatures=(2.0, 2.0)))
+        if key == "heads"
+        else None,
+        "layers": LayerScaling((1.1, 1.0), "ntk", temperatures=(2.4, 2.0)),
+    }[key]
+    exact = score(tiny, suites["short, 4"], [twice]).exact.mean()
+    assert table["accuracy"].iloc[1] == pytest.approx(exact)
