@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lrs_utils import HeadScaling, LayerScaling, export, load_factors, load_lm, score, tasks
+from lrs_utils import LM, HeadScaling, LayerScaling, export, load_factors, load_lm, score, tasks
 from lrs_utils.export import Exported
 from lrs_utils.export.__main__ import main
 from lrs_utils.finding.recipe import find_scaling
 from lrs_utils.models.scaled import CODE, MARK, has_known_code
-from lrs_utils.models.tiny import TINY
+from lrs_utils.models.tiny import TINY, character_tokenizer
 from lrs_utils.peers import ReRoPE
 from lrs_utils.scaling.extension import ExtendedScaling
-from lrs_utils.scaling.files import save_factors
+from lrs_utils.scaling.files import read_factors, save_factors
 
 GAINS = [[1.3, 0.7, 1.0, 1.0], [1.0, 1.2, 0.8, 1.0]]
 SCALINGS = {
@@ -59,6 +59,7 @@ def fitting(family, scaling):
     return scaling
 
 
+SUITE = tasks.kv_retrieval(4, 5, keys="short")
 IDS = (torch.arange(60) * 37 + 5)[None] % 257
 
 
@@ -115,11 +116,10 @@ print(ids.tolist(), model.generate(ids, max_new_tokens=64, min_new_tokens=64, do
 
 @pytest.mark.parametrize("name", ["gains", "ntk", "pi"])
 def test_scored_again_an_exported_folder_gets_what_the_scaled_model_gets(lm, name, tmp_path):
-    suite = tasks.kv_retrieval(4, 5, keys="short")
     export(lm, SCALINGS[name], tmp_path / "out")
     again = load_lm(tmp_path / "out", dtype="float32", device="cpu")
-    wanted = score(lm, suite, [SCALINGS[name]])
-    found = score(again, suite, [LayerScaling.identity(2)])
+    wanted = score(lm, SUITE, [SCALINGS[name]])
+    found = score(again, SUITE, [LayerScaling.identity(2)])
     np.testing.assert_array_equal(found.exact, wanted.exact)
     np.testing.assert_allclose(found.nll, wanted.nll, atol=1e-4)
     assert again.fingerprint != lm.fingerprint
@@ -127,11 +127,72 @@ def test_scored_again_an_exported_folder_gets_what_the_scaled_model_gets(lm, nam
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gains", "ntk", "pi"])
-def test_in_fewer_bits_the_difference_is_rounding(dtype, name, tmp_path):
-    lm = load_lm("tiny-llama", dtype=dtype, device="cpu")
-    found = export(lm, SCALINGS[name], tmp_path / "out")
-    assert found.error < (0.5 if dtype == "bfloat16" else 0.1)  # logits of 10
-    assert load_lm(tmp_path / "out", dtype=dtype, device="cpu").model.dtype == lm.model.dtype
+def test_in_fewer_bits_a_folder_is_as_near_to_the_scaled_model_as_the_hook_is(dtype, name, tmp_path):
+    whole, lm = load_lm("tiny-llama", dtype="float32", device="cpu"), load_lm("tiny-llama", dtype=dtype, device="cpu")
+    export(lm, SCALINGS[name], tmp_path / "out")
+    again = load_lm(tmp_path / "out", dtype=dtype, device="cpu")
+    assert again.model.dtype == lm.model.dtype
+    with torch.no_grad():
+        with SCALINGS[name].applied_to(whole.model):
+            wanted = whole.model(IDS).logits
+        with SCALINGS[name].applied_to(lm.model):
+            hooked = lm.model(IDS).logits.float()
+        found = again.model(IDS).logits.float()
+    assert (found - wanted).square().mean() < 2 * (hooked - wanted).square().mean()
+    # in another precision than it was made in
+    score(load_lm(tmp_path / "out", dtype="float32", device="cpu"), SUITE, [LayerScaling.identity(2)])
+
+
+def test_a_family_that_is_only_like_llama_at_first_sight_is_not_taken_for_it(tmp_path):
+    config = AutoConfig.for_model("olmo", vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, pad_token_id=256, initializer_range=0.3)  # fmt: skip
+    lm = LM(AutoModelForCausalLM.from_config(config).eval(), character_tokenizer(), "olmo")
+    found = export(lm, SCALINGS["ntk"], tmp_path / "out")
+    assert found.form == "remote"
+    assert found.refused["granite"] == "a olmo isn't known to compute what GraniteSWA does"
+
+
+def test_biases_tied_embeddings_and_wide_heads_have_their_place_in_granite(tmp_path):
+    config = AutoConfig.for_model("llama", vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, head_dim=16, attention_bias=True,
+                                  mlp_bias=True, tie_word_embeddings=True, initializer_range=0.3)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.3)
+    lm = LM(model.requires_grad_(False), character_tokenizer(), "wide")
+    assert export(lm, SCALINGS["ntk"], tmp_path / "out").form == "granite"
+    texts = [[*range(60), *[256] * 20], [*range(100, 180)]]
+    given = {"input_ids": torch.tensor(texts).flip(1), "attention_mask": (torch.tensor(texts) != 256).long().flip(1)}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad(), SCALINGS["ntk"].applied_to(model):
+        wanted = model(**given).logits
+    kept = given["attention_mask"].bool()
+    torch.testing.assert_close(plain(**given).logits[kept], wanted[kept], rtol=0, atol=1e-4)  # a padded batch
+
+
+def test_settings_of_sampling_that_transformers_does_not_write_are_no_obstacle(lm, tmp_path):
+    lm.model.generation_config.temperature = 0.6  # without do_sample, as some published models have it
+    found = export(lm, SCALINGS["gains"], tmp_path / "out")
+    assert found.form == "stock"
+    assert not lm.model.generation_config.do_sample
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_what_was_measured_on_another_model_is_told_as_such(lm, tmp_path):
+    row = {"task": "pairs", "measure": "accuracy", "no scaling": 0.2, "found": 0.9, "change": 0.7}
+    provenance = {"model": "org/other", "fingerprint": "other", "test": [row]}
+    export(lm, SCALINGS["gains"], tmp_path / "out", provenance=provenance)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Measured on org/other (other weights or another precision), **not on this model**" in card
+    content = read_factors(tmp_path / "out" / "lrs_factors.json")
+    assert (content["model"], content["fingerprint"]) == ("tiny-llama", lm.fingerprint)
+    assert content["found on"] == {"model": "org/other", "fingerprint": "other"}
+
+
+def test_an_extension_alone_is_told(lm, tmp_path):
+    export(lm, ExtendedScaling((1.0, 1.0), "ntk", extension=2.0), tmp_path / "out")
+    assert "Changed: an extension of the window by 2 (ntk)." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["gains", "ntk", "pi"])
@@ -144,7 +205,7 @@ def test_a_model_that_was_exported_is_not_scaled_twice_by_accident(lm, name, tmp
         lambda: find_scaling(again, tasks.kv_retrieval(4, 12, keys="short"), texts={"a": "words " * 3000}),
         lambda: ReRoPE(2, 8).refuse_misfit(again.model),
     ):
-        with pytest.raises(ValueError, match=f"out holds a scaling already .*del lm.model.config.{MARK}"):
+        with pytest.raises(ValueError, match=r"out holds a scaling already \(lrs_factors"):
             use()
     if name == "gains":  # on purpose
         del again.model.config.lrs_scaling
@@ -169,23 +230,58 @@ def test_the_folder_holds_a_card_the_numbers_and_what_generation_needs(lm, tmp_p
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "Changed: 8 head gains. They are in its weights, so it is an ordinary Llama" in card
-    assert "| pairs, share of answers right | 0.2 | 0.75 | +0.55 [0.5, 0.6] |" in card
+    assert "| pairs, accuracy | 0.2 | 0.75 | +0.55 [0.5, 0.6] |" in card
     assert "| perplexity of text, play | 30 | 30.3 | +0.3 [0.1, 0.5] |" in card
-    assert "pairs: 400 to 500" in card
+    assert "Tested: pairs, 400 to 500 tokens." in card
     assert "seconds" not in card
     assert load_factors(tmp_path / "out" / "lrs_factors.json") == SCALINGS["gains"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())[MARK] == "lrs_factors.json"
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"] == lm.tokenizer("ab")["input_ids"]
 
 
-def test_code_of_others_is_not_run(lm, tmp_path):
+def test_code_that_export_writes_is_known(lm, tmp_path):
     export(lm, SCALINGS["pi"], tmp_path / "out")
     assert has_known_code(tmp_path / "out")
-    code = tmp_path / "out" / CODE
-    code.write_text(code.read_text() + "\nprint('more')\n")
+
+
+def add_to(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def more_code(folder):
+    (folder / CODE).write_text((folder / CODE).read_text() + "\nprint('more')\n")
+
+
+def code_in_the_model_type(folder):
+    model_type = 'lrs_llama"\n    print("more")\n    other = "'
+    (folder / CODE).write_text((folder / CODE).read_text().replace("lrs_llama", model_type))
+    add_to(folder / "config.json", model_type=model_type)
+
+
+def another_file(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "more.py").write_text("print('more')\n")
+
+
+def code_for_the_tokenizer(folder):
+    add_to(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "modeling_lrs.Other"]})
+
+
+def code_of_the_hub(folder):
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    add_to(folder / "config.json", auto_map={name: f"org/repo--{of}" for name, of in auto_map.items()})
+
+
+@pytest.mark.parametrize(
+    "change", [more_code, code_in_the_model_type, another_file, code_for_the_tokenizer, code_of_the_hub]
+)
+def test_code_of_others_is_not_run(lm, tmp_path, change):
+    export(lm, SCALINGS["pi"], tmp_path / "out")
+    change(tmp_path / "out")
     assert not has_known_code(tmp_path / "out")
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        load_lm(tmp_path / "out", device="cpu")
+    if change is more_code:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_lm(tmp_path / "out", device="cpu")
 
 
 def test_without_trust_a_remote_folder_is_refused_not_read_plain(lm, tmp_path):
@@ -236,19 +332,3 @@ def test_the_command_exports_a_factor_file(lm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments[:-3], str(tmp_path / "no" / "out"), "--form", "stock"])
     with pytest.raises(SystemExit, match="stock: the factor of layer 0 changes cos and sin"):
         main()
-
-
-def test_a_cache_filled_under_another_scaling_is_refused(lm):
-    for scaling in (SCALINGS["pi"], SCALINGS["gains"], SCALINGS["gains and ntk"]):
-        with scaling.applied_to(lm.model):
-            cache = lm.model(IDS[:, :30], use_cache=True).past_key_values
-            wanted = lm.model(IDS).logits[:, 30:]
-            torch.testing.assert_close(lm.model(IDS[:, 30:], past_key_values=cache).logits, wanted, atol=1e-4, rtol=0)
-        plain = lm.model(IDS[:, :30], use_cache=True).past_key_values
-        for filled in (cache, plain):
-            with (
-                SCALINGS["yarn" if filled is cache else "pi"].applied_to(lm.model),
-                HeadScaling(mlp_gains=[0.9, 1.0]).applied_to(lm.model),
-                pytest.raises(ValueError, match="past_key_values were filled under another scaling, or none"),
-            ):
-                lm.model(IDS[:, 30:], past_key_values=filled)

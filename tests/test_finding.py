@@ -276,9 +276,9 @@ def test_what_is_found_is_exported_with_what_the_test_measured(helped, tmp_path)
         other.export(tmp_path / "folder", "stock")
     assert other.export(tmp_path / "folder").form == "granite"
     card = (tmp_path / "folder" / "README.md").read_text()
-    assert "| planted, share of answers right |" in card
+    assert "| planted, accuracy |" in card
     assert "| perplexity of text, play |" in card
-    assert "planted: 228 to 228" in card
+    assert "Tested: planted, 228 to 228 tokens." in card
     assert (tmp_path / "folder" / "scaling.png").exists()
 
 

@@ -165,7 +165,8 @@ def _exports_real() -> list[dict[str, str]]:
     return [
         {
             "model": _MODELS[r["model"]], "factor file": r["scaling"], "precision": r["precision"], "form": r["form"],
-            "largest difference": f"{r['error']:.0e}", "same 64 tokens": "yes" if r["same tokens"] else "no",
+            "largest difference": "" if pd.isna(r["error"]) else f"{r['error']:.0e}",
+            "same 64 tokens": {True: "yes", False: "no"}.get(r["same tokens"], ""),
             "accuracy, scaled and folder": ""
             if pd.isna(r["accuracy, hook"])
             else f"{100 * r['accuracy, hook']:.1f} %, {100 * r['accuracy, folder']:.1f} %",

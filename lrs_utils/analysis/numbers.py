@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from lrs_utils.models.load import LM
 from lrs_utils.scaling.base import Scaling
+from lrs_utils.scaling.extension import ExtendedScaling
 from lrs_utils.scaling.heads import HeadScaling
 from lrs_utils.scaling.layers import LayerScaling
 from lrs_utils.scaling.products import n_heads
@@ -45,6 +46,8 @@ def describe_numbers(scaling: Scaling, lm: LM) -> str:
     if isinstance(layers, LayerScaling) and ({*layers.factors} != {1.0} or layers.temperatures):
         names = "factors and temperatures" if layers.temperatures else "factors"
         parts.append(f"{len(layers.factors)} {names} of layers")
+    if isinstance(layers, ExtendedScaling) and layers.extension != 1.0:
+        parts.append(f"an extension of the window by {layers.extension:g} ({layers.scheme})")
     return " and ".join(parts)
 
 

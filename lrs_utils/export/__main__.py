@@ -31,7 +31,7 @@ def main() -> None:
         figure, axes = plt.subplots(1, n := max(1, len(list_maps(scaling, lm))), figsize=(4.3 * n, 3.2), squeeze=False)
         draw_numbers(scaling, lm, axes[0])
         print(export(lm, scaling, given.to, given.form, provenance=without_numbers(content), figure=figure))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
 
 

@@ -1,6 +1,7 @@
 """The forms that a scaled model takes as a plain checkpoint, best first: its own architecture, another stock one, or
 its own with a few lines of code."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,13 +12,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lrs_utils.models.decode import NO_SINK
-from lrs_utils.models.scaled import read_config, write_code
+from lrs_utils.models.scaled import read_config, refuse_exported, write_code
 from lrs_utils.progress import no_progress_bars
 from lrs_utils.scaling.base import UNSCALED, Scaling, Setting, reachable_decoder
 from lrs_utils.scaling.fold import changes_tables, fold, fold_products
 from lrs_utils.scaling.rope import DYNAMIC
 from lrs_utils.scaling.tables import PositionTables
 
+_LIKE_GRANITE = ("llama", "mistral", "qwen2", "granite", "smollm3")
 # What a GraniteSWA model has in common with others; more is checked by its weights and its logits.
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -34,6 +36,8 @@ def _write_stock(model: PreTrainedModel, scaling: Scaling, folder: Path) -> None
 def _write_granite(model: PreTrainedModel, scaling: Scaling, folder: Path) -> None:
     """GraniteSWA with one base of RoPE a layer, which transformers, vLLM and SGLang have."""
     config, decoder = model.config, reachable_decoder(model)
+    if config.model_type not in _LIKE_GRANITE:
+        raise ValueError(f"a {config.model_type} isn't known to compute what GraniteSWA does")
     if {*(getattr(config, "layer_types", None) or ())} - {"full_attention"} or _has_window(model):
         raise ValueError("its layers have sliding windows of their own")
     bases = [
@@ -51,7 +55,7 @@ def _write_granite(model: PreTrainedModel, scaling: Scaling, folder: Path) -> No
         "granite_swa", **given, **{name: getattr(config, name, 1.0) for name in multipliers},
         attention_multiplier=decoder.layers[0].self_attn.scaling, attention_bias=bool(biased),
         mlp_bias=bool(getattr(config, "mlp_bias", False)), layer_types=["full_attention"] * len(bases),
-        layer_rope_theta=bases, head_dim=head_dim,
+        layer_rope_theta=bases, head_dim=head_dim, sliding_window=config.max_position_embeddings,
     )  # fmt: skip
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(granite)  # type: ignore[no-untyped-call]
@@ -87,6 +91,7 @@ def refuse_unexportable(model: PreTrainedModel, scaling: Scaling) -> None:
     """Raise the ValueError of a scaling that has no form: it says what stands in the way."""
     if scaling.is_identity:
         raise ValueError("the scaling changes nothing; save the model itself with `save_pretrained`")
+    refuse_exported(model)
     scaling.refuse_misfit(model)
     for at, setting in enumerate(scaling.settings):
         what = "the heads" if setting.head_factors else "the distances" if setting.regions else ""
@@ -109,13 +114,24 @@ def add_to_config(folder: Path, **values: Any) -> None:
 
 
 def _save(plain: PreTrainedModel, folder: Path) -> None:
+    """Save a model of our own; some models come with sampling settings that transformers reads but refuses to write."""
+    settings = plain.generation_config
+    if settings is not None:
+        plain.generation_config = settings = copy.deepcopy(settings)
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True
     with no_progress_bars():
         plain.save_pretrained(folder)
+    theta = (getattr(plain.config, "rope_parameters", None) or {}).get("rope_theta")
+    if theta is not None:
+        add_to_config(folder, rope_theta=theta)  # where loaders from before transformers 5 look for it
 
 
 def _layer_frequencies(model: PreTrainedModel, settings: Sequence[Setting]) -> list[tuple[Tensor, float]]:
     """Frequencies of each layer, float32 (d / 2,), and what its cos and sin are multiplied by, temperature apart."""
-    tables, types = PositionTables(model), getattr(model.config, "layer_types", None)
+    tables, types = PositionTables(model), getattr(model.config.get_text_config(), "layer_types", None)
     found = []
     for at, setting in enumerate(settings):
         wanted = setting.positions._replace(temperature=1.0) if changes_tables(setting) else UNSCALED
@@ -133,7 +149,7 @@ def _find_base(frequencies: Tensor, amplitude: float, layer: int) -> float:
     values = frequencies.double()
     base = float(values[1] ** -len(values))
     powers = base ** -(torch.arange(len(values), dtype=torch.float64) / len(values))
-    if not torch.allclose(values, powers, rtol=1e-5):
+    if not torch.allclose(values, powers, rtol=1e-5, atol=0):
         raise ValueError(f"the frequencies of layer {layer} are no powers of one base, as those of scheme 'ntk' are")
     return base
 

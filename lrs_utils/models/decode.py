@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 
-NO_SINK = -1e4  # at most: the logit of an attention sink that takes nothing
+NO_SINK = -(2.0**14)  # the logit of an attention sink that takes nothing; exact in every precision
 
 
 def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool = False, **given: Any) -> Tensor:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 MARK = "lrs_scaling"  # a config with it is of a scaled model; its value names the factor file in the folder
 CODE = "modeling_lrs.py"
-MODEL_TYPE = "lrs_{}"  # of the family it is made from: no engine takes the model for the plain one
+_PREFIX = "lrs_"  # before the family's model type, so that no engine takes the model for the plain one
 _CLASSES = re.compile(r"^from transformers import (\w+), (\w+), (\w+)$", re.MULTILINE)
 _TEXT = '''"""A {decoder} whose layers read positions by frequencies of their own. It needs nothing but transformers.
 
@@ -35,7 +35,7 @@ class ScaledConfig({config}):
 
 def read_positions(layer, args, given, frequencies, amplitude):
     positions, (cos, _) = given["position_ids"], given["position_embeddings"]
-    angles = positions[..., None].float() * torch.tensor(frequencies, device=positions.device)
+    angles = positions[..., None].float() * torch.tensor(frequencies, dtype=torch.float32, device=positions.device)
     angles = torch.cat([angles, angles], dim=-1)
     tables = (angles.cos() * amplitude).to(cos.dtype), (angles.sin() * amplitude).to(cos.dtype)
     return args, given | {{"position_embeddings": tables}}
@@ -64,40 +64,41 @@ class ScaledForCausalLM({model}):
 '''
 
 
+_AUTO_MAP = {
+    "AutoConfig": "modeling_lrs.ScaledConfig",
+    "AutoModel": "modeling_lrs.ScaledModel",
+    "AutoModelForCausalLM": "modeling_lrs.ScaledForCausalLM",
+}
+
+
 def write_code(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     """Write the file for a model's family into a folder; returns what its config must say besides the numbers."""
-    config = model.config
-    model_type = MODEL_TYPE.format(config.model_type)
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    names = type(config).__name__, type(decoder).__name__, type(model).__name__
-    (folder / CODE).write_text(_fill(*names, model_type), encoding="utf-8")
-    stem = CODE.removesuffix(".py")
-    return {
-        "model_type": model_type,
-        "architectures": ["ScaledForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{stem}.ScaledConfig",
-            "AutoModel": f"{stem}.ScaledModel",
-            "AutoModelForCausalLM": f"{stem}.ScaledForCausalLM",
-        },
-    }
-
-
-def _fill(config: str, decoder: str, model: str, model_type: str) -> str:
-    return _TEXT.format(config=config, decoder=decoder, model=model, model_type=model_type)
+    model_type = _PREFIX + str(model.config.model_type)
+    names = {"config": type(model.config), "decoder": type(decoder), "model": type(model)}
+    text = _TEXT.format(model_type=model_type, **{name: of.__name__ for name, of in names.items()})
+    (folder / CODE).write_text(text, encoding="utf-8")
+    return {"model_type": model_type, "architectures": ["ScaledForCausalLM"], "auto_map": _AUTO_MAP}
 
 
 def has_known_code(folder: Path) -> bool:
-    """Whether a folder's code is word for word what `write_code` writes, so that it may be run."""
-    if not (folder / CODE).is_file() or [path.name for path in folder.glob("*.py")] != [CODE]:
+    """Whether a folder's code is word for word what `write_code` writes, and all that is run, so that it may be run."""
+    if not (folder / CODE).is_file() or [path.name for path in folder.rglob("*.py")] != [CODE]:
         return False
     text, config = (folder / CODE).read_text(encoding="utf-8"), read_config(folder)
-    names = _CLASSES.findall(text)
-    files = {str(name).partition(".")[0] for name in config.get("auto_map", {}).values()}
-    if len(names) != 1 or files != {CODE.removesuffix(".py")}:
+    model_type = str(config.get("model_type"))
+    base = model_type.removeprefix(_PREFIX)
+    family = CONFIG_MAPPING[base].__name__ if base in CONFIG_MAPPING else None
+    found = _CLASSES.findall(text)
+    if not model_type.startswith(_PREFIX) or family is None or len(found) != 1 or found[0][0] != family:
         return False
-    of_config, of_decoder, of_model = names[0]
-    return text == _fill(of_config, of_decoder, of_model, str(config.get("model_type")))
+    names = dict(zip(("config", "decoder", "model"), found[0], strict=True))
+    elsewhere = [path for path in folder.rglob("*.json") if "auto_map" in path.read_text(encoding="utf-8")]
+    return (
+        text == _TEXT.format(model_type=model_type, **names)
+        and config.get("auto_map") == _AUTO_MAP
+        and elsewhere == [folder / "config.json"]
+    )
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -111,5 +112,5 @@ def refuse_exported(model: PreTrainedModel) -> None:
     if (file := getattr(model.config, MARK, None)) is not None:
         raise ValueError(
             f"{Path(model.config._name_or_path).name or type(model).__name__} holds a scaling already ({file} beside "
-            f"its weights); load the model it was made from, or `del lm.model.config.{MARK}` to scale it once more"
+            "its weights); load the model it was made from"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lrs_utils.scaling.base import Setting
+from lrs_utils.scaling.base import UNSCALED, Setting
 
 
 @contextmanager
@@ -19,27 +19,27 @@ def caches_marked(decoder: nn.Module, of: str, settings: Sequence[Setting]) -> I
     of : str
         What the settings are of, "positions" or "heads": both may be put on a model, one inside the other.
     """
-    name = f"_lrs_{of}"
+    mark = None if set(settings) == {UNSCALED} else tuple(settings)  # no scaling is what an unmarked cache has
+    given: dict[str, Any] = {"name": f"_lrs_{of}", "mark": mark}
     with ExitStack() as stack:
-        check = partial(_refuse_other, name=name, settings=tuple(settings))
-        stack.callback(decoder.register_forward_pre_hook(check, with_kwargs=True).remove)
-        stack.callback(decoder.register_forward_hook(partial(_mark, name=name, settings=tuple(settings))).remove)
+        stack.callback(decoder.register_forward_pre_hook(partial(_refuse_other, **given), with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_hook(partial(_mark, **given), with_kwargs=True).remove)
         yield
 
 
-def _refuse_other(_: nn.Module, __: Any, given: dict[str, Any], *, name: str, settings: tuple[Setting, ...]) -> None:
+def _refuse_other(_: nn.Module, __: Any, given: dict[str, Any], *, name: str, mark: Any) -> None:
     cache = given.get("past_key_values")
-    if cache is None:
-        return
-    if cache.get_seq_length() and getattr(cache, name, None) != settings:
+    n_tokens = 0 if cache is None else int(cache.get_seq_length())
+    under, marked = getattr(cache, name, (None, n_tokens))
+    if n_tokens and (under != mark or n_tokens > marked):  # more than were marked: some were read outside the block
         raise ValueError(
             "past_key_values were filled under another scaling, or none, so this text would be read under two; "
             "read it again from its beginning"
         )
-    setattr(cache, name, settings)
 
 
-def _mark(_: nn.Module, __: Any, output: Any, *, name: str, settings: tuple[Setting, ...]) -> None:
+def _mark(_: nn.Module, __: Any, given: dict[str, Any], output: Any, *, name: str, mark: Any) -> None:
     cache = getattr(output, "past_key_values", None)
-    if cache is not None:  # made by the forward pass itself
-        setattr(cache, name, settings)
+    cache = given.get("past_key_values") if cache is None else cache
+    if cache is not None:
+        setattr(cache, name, (mark, int(cache.get_seq_length())))
