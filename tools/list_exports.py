@@ -2,8 +2,8 @@
 
     python tools/list_exports.py
 
-Each row of data/results/exports.csv is one export: its form, the largest difference of logits on a short text, whether 64
-greedy tokens are the same, and for the real models the accuracy on 20 contexts, of the hook and of the folder.
+Each row of data/results/exports.csv is one export: its form, the largest difference of logits on a short text, whether
+64 greedy tokens are the same, and for the real models the accuracy on 20 contexts, of the hook and of the folder.
 """
 
 import tempfile
