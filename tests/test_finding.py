@@ -282,6 +282,13 @@ def test_what_is_found_is_exported_with_what_the_test_measured(helped, tmp_path)
     assert (tmp_path / "folder" / "scaling.png").exists()
 
 
+def test_where_nothing_helped_nothing_is_exported(helped, tmp_path, capsys):
+    nothing = replace(helped, scaling=LayerScaling.identity(2))
+    assert nothing.export(tmp_path / "folder") is None
+    assert "the result is no scaling. Nothing is written to" in capsys.readouterr().out
+    assert not (tmp_path / "folder").exists()
+
+
 # Killed, and run again
 
 

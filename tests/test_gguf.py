@@ -148,13 +148,14 @@ def test_llama_cpp_writes_what_the_scaled_model_writes(smollm2, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="its build takes ten minutes: pip install llama-cpp-python")
     scaling = load_factors("smollm2-135m/kv-short-40")
     export_gguf(smollm2, scaling, tmp_path / "scaled.gguf")
-    [probe] = tasks.kv_retrieval(40, 1, seed=50_000, keys="short", positions=[20]).probes
+    [probe] = tasks.kv_retrieval(40, 1, seed=50_000, keys="short", positions=[5, 20, 35]).probes
+    # it multiplies quantised weights by 8-bit activations, so tokens after the answer may part
     prompts = [probe.context + q.prompt + q.answer_prefix for q in probe.questions]
     engine = llama_cpp.Llama(str(tmp_path / "scaled.gguf"), n_ctx=2048, verbose=False, seed=0)
     for prompt in prompts:
         ids = smollm2.tokenizer(prompt)["input_ids"]
         with scaling.applied_to(smollm2.model):
-            wanted = smollm2.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+            wanted = smollm2.model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :]
         engine.reset()
-        found = [token for token, _ in zip(engine.generate(ids, temp=0.0), range(8), strict=False)]
+        found = [token for token, _ in zip(engine.generate(ids, temp=0.0), range(6), strict=False)]
         assert found == wanted.tolist()

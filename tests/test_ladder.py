@@ -85,18 +85,19 @@ def test_ranks_of_heads_are_compared_with_their_numbers():
     assert abs(table.loc[("other", "its log"), "rho"]) < 0.9
 
 
-def test_attention_on_the_value_is_what_the_layers_give_it(tiny):
+def test_attention_on_the_value_is_what_the_layers_give_it():
+    lm = load_lm("tiny-llama", dtype="float32", device="cpu")
     suite = tasks.kv_retrieval(3, 1, keys="short", positions=[1])
     scaling = HeadScaling(temperatures=GAINS)
-    [[found]] = watch_values(tiny, suite, scaling)
+    [[found]] = watch_values(lm, suite, scaling)
     [probe] = suite.probes
     [question] = probe.questions
     text = probe.context + question.prompt + question.answer_prefix
-    ids = tiny.tokenizer(text, return_tensors="pt")["input_ids"]  # a token a character
+    ids = lm.tokenizer(text, return_tensors="pt")["input_ids"]  # a token a character
     at = probe.context.index(f'"{question.answer}"') + 1
-    tiny.model.set_attn_implementation("eager")
-    with torch.no_grad(), scaling.applied_to(tiny.model):
-        weights = tiny.model(ids, output_attentions=True).attentions
+    lm.model.set_attn_implementation("eager")
+    with torch.no_grad(), scaling.applied_to(lm.model):
+        weights = lm.model(ids, output_attentions=True).attentions
     wanted = [layer[0, :, -1, at : at + len(question.answer)].sum(-1).numpy() for layer in weights]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 

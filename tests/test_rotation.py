@@ -161,7 +161,7 @@ def test_what_attention_cannot_know_is_refused(tiny, ids):
         regions(Region(3))
     with pytest.raises(ValueError, match="no weight holds"):
         scaling.fold_into(tiny.model)
-    with pytest.raises(ValueError, match="factors change cos and sin, which no weight"):
+    with pytest.raises(ValueError, match="changes cos and sin, which no weight"):
         HeadScaling(factors=FACTORS).fold_into(tiny.model)
 
 

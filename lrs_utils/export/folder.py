@@ -29,8 +29,9 @@ _TEXT = """A language model reads the beginning and the end of a long text bette
 its layers or heads attend, and here one text is read twice: by the scaled model, and by the folder that was made of it.
 The numbers 1, 2, 3, 5, 8, 13, 21, 34 and 55 follow a rule; "keys" have "values"; and names such as Elizabeth recur."""
 _N_TOKENS = 64
-# How far logits may be off, as a share of their standard deviation: numbers put into weights are rounded with them.
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# How far logits may be off, as a share of their standard deviation: numbers put into weights are rounded with them. A
+# model that computes something else is off by about 1.
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
 @dataclass(frozen=True)

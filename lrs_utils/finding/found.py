@@ -135,8 +135,14 @@ class Found:
         """Write a factor file with its provenance and what it is valid for; `load_factors` reads it."""
         save_factors(path, self.scaling, **self._tell_provenance())
 
-    def export(self, folder: str | Path, form: str = "auto") -> Exported:
-        """Save the model with the scaling as a folder that loads without lrs_utils: `export`."""
+    def export(self, folder: str | Path, form: str = "auto") -> Exported | None:
+        """Save the model with the scaling as a folder that loads without lrs_utils: `export`.
+
+        Where nothing helped there is nothing to save: it says so, and gives None.
+        """
+        if self.scaling.is_identity:
+            print(f"{self} Nothing is written to {folder}.")
+            return None
         figure = self.plot()
         plt.close(figure)
         return export(self.lm, self.scaling, folder, form, provenance=self._tell_provenance(), figure=figure)
