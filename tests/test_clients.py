@@ -34,7 +34,6 @@ def evaluate(model):
 
 def test_lm_eval_measures_a_scaled_model_and_its_folder_as_score_does(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     suite, scaling = make_suite(), load_factors("smollm2-135m/general-gains")
     assert (FOLDER / "kv_short_40.jsonl").read_text() == lay_out(suite)
     suite = replace(suite, probes=suite.probes[:2])

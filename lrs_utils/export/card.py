@@ -15,11 +15,11 @@ from lrs_utils.scaling.base import Scaling
 CARD, FACTORS, FIGURE = "README.md", "lrs_factors.json", "scaling.png"
 _WHERE = {
     "stock": "in its weights, so it is an ordinary {family} and runs in any engine that runs one",
-    "granite": "in the base of RoPE of each layer (`layer_rope_theta`), and in its weights: a {family} saved as "
-    "GraniteSWA, which transformers, vLLM and SGLang have. Plain `granite` would ignore the bases. In transformers it "
-    "attends without SDPA, so long texts need more memory",
-    "remote": "in the frequencies of each layer, which `modeling_lrs.py` applies, and in its weights: load it with "
-    "`trust_remote_code=True`",
+    "granite": "in the base of RoPE of each layer (`layer_rope_theta`), temperatures and gains in its weights: a "
+    "{family} saved as GraniteSWA, which transformers, vLLM and SGLang have. Plain `granite` would ignore the bases. "
+    "In transformers it attends without SDPA, so long texts need more memory",
+    "remote": "in the frequencies of each layer, which `modeling_lrs.py` applies, temperatures and gains in its "
+    "weights: load it with `trust_remote_code=True`",
 }
 _SHOWN = {"accuracy": "accuracy", "perplexity, not seen": "perplexity of text"}
 

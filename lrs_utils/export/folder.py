@@ -1,4 +1,4 @@
-"""A scaled model as a folder: written in the first form that is exact, read again and compared before it is there."""
+"""A scaled model as a folder: written in the first form that fits, read again and compared before it is there."""
 
 import os
 import tempfile

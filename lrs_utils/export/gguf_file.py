@@ -29,7 +29,7 @@ def export_gguf(lm: LM, scaling: Scaling, path: str | Path) -> None:
     """Write the GGUF file that a model was loaded from once more, with the weights that a scaling changes.
 
     Those are stored in 16 bits, all others stay as they are. llama.cpp has one base of RoPE for all layers, so this is
-    for temperatures and gains alone.
+    for temperatures and gains alone. Unlike a folder, the file doesn't say that its model is scaled.
 
     Parameters
     ----------
@@ -73,12 +73,16 @@ def _lay_out(
     A layout is right if it makes the file's own tensor of the model's weight as it was.
     """
     architecture = reader.fields["general.architecture"].contents()
-    [arch] = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        raise ValueError(f"the file's architecture {architecture!r} isn't known to the gguf package")
     names = gguf.get_tensor_name_map(arch, lm.num_layers)
     tensors, heads = {tensor.name: tensor for tensor in reader.tensors}, n_heads(lm.model)
     found = {}
     for name, weight in changed.items():
-        tensor = tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))]
+        tensor = tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        if tensor is None:
+            raise ValueError(f"the file has no tensor known to be {name}")
         own = dequantize(tensor.data, tensor.tensor_type)
         was, now = (w.float().cpu().numpy() for w in (before[name], weight))
         near = 1e-2 * float(np.abs(own).mean())  # the model may be in 16 bits
