@@ -1,5 +1,6 @@
 """What a scaling is searched on, and where it then helps: tasks alone, all together, all but one; real text."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, find_scaling, score, tasks
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
+from lrs_utils.finding.free_text import continue_freely, distinct_trigrams, near_repeats
+from lrs_utils.finding.parts import Task
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import read_key
 from lrs_utils.scoring.answers import generate_answers
@@ -22,7 +25,7 @@ from lrs_utils.searchers.learned import SPACES, layers_of
 from lrs_utils.tasks.general import MAKERS
 from lrs_utils.tasks.judging import best_subspan_em, judged
 
-KEYS = ("uuid", "short")  # the same prompt, so left out together too
+_KEYS = ("uuid", "short")  # the same prompt, so left out together too
 _SEED = 40_000  # of the contexts that everything is judged on
 _CAPITALS = "capitals, closed book"
 
@@ -31,9 +34,18 @@ def list_objectives(names: Sequence[str]) -> dict[str, list[str]]:
     """Objectives by name, and the tasks of each: all, each alone, all but each, all but both kinds of pairs."""
     alone = {name: [name] for name in names}
     without = {f"all but {name}": [other for other in names if other != name] for name in names}
-    rest = [name for name in names if name not in KEYS]
-    both = {"all but pairs": rest} if {*KEYS} <= {*names} and rest else {}
+    rest = [name for name in names if name not in _KEYS]
+    both = {"all but pairs": rest} if {*_KEYS} <= {*names} and rest else {}
     return {"all": [*names]} | alone | without | both
+
+
+def pick_tests(objective: str, tests: Mapping[str, tasks.Suite]) -> dict[str, tasks.Suite]:
+    """What an objective is judged on: all tests, or, where tasks are left out, these tasks alone."""
+    if not objective.startswith("all but "):
+        return dict(tests)
+    left_out = objective.removeprefix("all but ")
+    names = _KEYS if left_out == "pairs" else (left_out,)
+    return {name: suite for name, suite in tests.items() if name.partition(",")[0] in names}
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,8 @@ class Search:
 
     Attributes
     ----------
-    sizes : mapping of a task's name to sequence of int
-        Pairs, lines, documents or words of its contexts.
+    tasks : mapping of a task's name to function or Suite
+        What `find_scaling` takes.
     options : mapping
         Of `find_scaling`.
     ways : mapping of a name to a mapping
@@ -52,7 +64,7 @@ class Search:
 
     lm: LM
     ledger: Ledger
-    sizes: Mapping[str, Sequence[int]]
+    tasks: Mapping[str, Task]
     options: Mapping[str, Any]
     ways: Mapping[str, Mapping[str, Any]]
 
@@ -66,7 +78,7 @@ class Search:
 
     def find(self, objective: str, searched: Sequence[str], seed: int) -> pd.DataFrame:
         """One call of `find_scaling`: its scaling as a key, and what it costs free text."""
-        given = list(tasks.general_tasks({name: self.sizes[name] for name in searched}).values())
+        given = [self.tasks[name] for name in searched]
         options = {**self.options, **self.ways.get(objective.removeprefix("all, "), {})}
         found = find_scaling(self.lm, given, seed=seed, ledger=self.ledger, **options)
         chosen = found.choices[found.choices["chosen"]] if len(found.choices) else found.choices
@@ -109,6 +121,23 @@ def make_tests(
     return found | {_CAPITALS: tasks.capitals(n_capitals)}
 
 
+def list_other_pages(n_tested: int, n_words: int, n_searched: int, n_searched_words: int) -> tasks.Suite:
+    """Whole pages to search on: none that `make_tests` gives; they may be longer, since few are short."""
+    tested = {probe.context for probe in tasks.country_pages(n_tested, _SEED, n_words=n_words).probes}
+    more = tasks.country_pages(n_tested + n_searched, _SEED, n_words=n_searched_words)
+    others = [probe for probe in more.probes if probe.context not in tested]
+    return replace(more, probes=tuple(others[:n_searched]))
+
+
+def make_longer(sizes: Mapping[str, Sequence[int]], n_contexts: int) -> dict[str, tasks.Suite]:
+    """Contexts longer than any in a search, asked at ten depths."""
+    return {
+        f"{name}, {size}": MAKERS[name](size, n_contexts=n_contexts, seed=_SEED + 1, positions=_positions(size))
+        for name, of in sizes.items()
+        for size in of
+    }
+
+
 def _positions(n_items: int) -> list[int]:
     return tasks.positions_at(n_items, [place / 9 for place in range(10)])
 
@@ -134,7 +163,7 @@ def judge(
         before, nll = read_answers(lm, suite, LayerScaling.identity(lm.num_layers), answer_tokens, ledger)
         for name, key in keys.items():
             after, nll_after = read_answers(lm, suite, read_key(key), answer_tokens, ledger)
-            row = {"objective": name, "test": test, "no scaling": before.mean(), "found": after.mean()}
+            row = {"objective": name, "test": test, "no scaling": np.nanmean(before), "found": np.nanmean(after)}
             change = paired_change(100 * _mean(before), 100 * _mean(after))
             row |= {"points": change.pop("change")} | change | {"nll": float(np.nanmean(nll_after - nll))}
             if before.shape[1] > 1:
@@ -168,6 +197,48 @@ def read_answers(
     if suite.name.startswith("capitals"):  # the options are its questions, the right one first
         return np.array(nll.argmin(axis=1) == 0, float)[:, None], nll[:, :1]
     return np.where(suite.asked, outcomes.exact[0], np.nan), nll
+
+
+def compare_repeats(
+    lm: LM, keys: Mapping[str, str], texts: Mapping[str, str], n_openings: int, n_tokens: int, ledger: Ledger
+) -> pd.DataFrame:
+    """Whether free text repeats itself more often than without scaling, on more openings than a search looks at.
+
+    Parameters
+    ----------
+    texts : mapping of name to text
+        Openings are the first words of sentences, as many of each text.
+
+    Returns
+    -------
+    DataFrame
+        A row for each scaling, "greedy" and "drawn", and measure ("near repeats", "trigrams seen before"): the share in
+        per cent with "no scaling" and "found", and its "change" with "low", "high" and "p", opening by opening.
+    """
+    openings = [words for text in texts.values() for words in _list_openings(text, n_openings // len(texts))]
+    none, rows = LayerScaling.identity(lm.num_layers), []
+    for name, key in keys.items():
+        written = [
+            continue_freely(lm, scaling, openings=openings, n_tokens=n_tokens, ledger=ledger)
+            for scaling in (none, read_key(key))
+        ]
+        shares = {
+            "near repeats": [100 * near_repeats(tokens) for tokens in written],
+            "trigrams seen before": [100 * (1 - distinct_trigrams(tokens)) for tokens in written],
+        }
+        for measure, (before, after) in shares.items():
+            for way, kind in enumerate(("greedy", "drawn")):
+                row = {"objective": name, "text": kind, "measure": measure}
+                row |= {"no scaling": before[:, way].mean(), "found": after[:, way].mean()}
+                rows.append(row | paired_change(before[:, way], after[:, way]))
+    return pd.DataFrame(rows)
+
+
+def _list_openings(text: str, n: int, n_words: int = 10) -> list[str]:
+    """The first words of as many sentences, drawn from a text."""
+    sentences = [found.split() for found in re.findall(r"(?<=[.!?] )[A-Z][^.!?]+", " ".join(text.split()))]
+    long = [" ".join(words[:n_words]) for words in sentences if len(words) > n_words]
+    return [long[at] for at in np.random.default_rng(_SEED).permutation(len(long))[:n].tolist()]
 
 
 def try_temperatures(
@@ -204,8 +275,14 @@ def read_by_fifth(exact: NDArray[np.float64], depths: NDArray[np.float64]) -> In
     return Interval(*(np.array(ends, float) for ends in zip(*found, strict=True)))
 
 
-def draw_gains(table: pd.DataFrame, ax: Axes) -> None:
-    """A map of objectives and tests: points gained; what chance explains is left without its number."""
+def draw_gains(table: pd.DataFrame, ax: Axes) -> str:
+    """A map of objectives and tests: points gained; what chance explains is left without its number.
+
+    Returns
+    -------
+    str
+        What it shows, in words.
+    """
     gains = table.pivot_table(index="objective", columns="test", values="points", sort=False)
     sure = table.assign(sure=(table["low"] > 0) | (table["high"] < 0))
     sure = sure.pivot_table(index="objective", columns="test", values="sure", sort=False).astype(bool)
@@ -215,6 +292,10 @@ def draw_gains(table: pd.DataFrame, ax: Axes) -> None:
         gains, annot=shown, fmt="", cmap="vlag_r", vmin=-limit, vmax=limit, ax=ax, cbar=False, annot_kws={"size": 8}
     )
     ax.set(xlabel="", ylabel="searched on")
+    return "; ".join(
+        f"searched on {name}, " + ", ".join(f"{test} {points:+.0f}" for test, points in row.items())
+        for name, row in gains.iterrows()
+    )
 
 
 def measure_angles(

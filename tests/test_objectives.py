@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -37,8 +38,8 @@ def ledger(tmp_path):
 @pytest.fixture
 def suites(monkeypatch):
     """Everything that needs no fetched text."""
-    few = tasks.Suite("pages", tasks.copying(30, 3, 1).probes)
-    monkeypatch.setattr(objectives.tasks, "country_pages", lambda n, seed, n_words: few)
+    few = tasks.Suite("pages", tasks.copying(30, 6, 1).probes)
+    monkeypatch.setattr(objectives.tasks, "country_pages", lambda n, seed, n_words: replace(few, probes=few.probes[:n]))
     return make_tests(SIZES, 3, pages=2, page_words=9, distances=[], n_capitals=8)
 
 
@@ -47,11 +48,36 @@ def test_every_task_is_tested_at_its_sizes_on_contexts_that_no_search_can_see(su
     assert suites["short, 4"] == tasks.kv_retrieval(4, 3, 40_000, keys="short", positions=range(4))
 
 
+def test_pages_that_are_searched_on_are_not_tested_on(suites):
+    searched = objectives.list_other_pages(2, 9, 3, 9)
+    assert (len(suites["pages"].probes), len(searched.probes)) == (2, 3)
+    assert not {*suites["pages"].probes} & {*searched.probes}
+
+
+def test_what_was_left_out_is_what_is_tested(suites):
+    assert objectives.pick_tests("all", suites) == suites
+    assert [*objectives.pick_tests("all but short", suites)] == ["short, 3", "short, 4"]
+    assert [*objectives.pick_tests("all but pairs", suites)] == ["uuid, 2", "short, 3", "short, 4"]
+
+
+def test_repeats_are_compared_on_sentences_of_a_text(tiny, ledger):
+    text = " ".join(f"Sentence {i} has " + " ".join(f"w{i}x{j}" for j in range(9)) + "." for i in range(12))
+    scaling = HeadScaling(gains=np.full((tiny.num_layers, 4), 3.0))
+    table = objectives.compare_repeats(tiny, {"all": scaling.key}, {"a": text, "b": text}, 8, 12, ledger)
+    assert table[["text", "measure"]].drop_duplicates().shape[0] == len(table) == 4
+    openings = objectives._list_openings(text, 4)
+    assert all(opening.startswith("Sentence") and len(opening.split()) == 10 for opening in openings)
+    tokens = free_text.continue_freely(tiny, scaling, openings=openings, n_tokens=12)
+    greedy = table[(table["text"] == "greedy") & (table["measure"] == "near repeats")].iloc[0]
+    assert greedy["found"] == pytest.approx(100 * free_text.near_repeats(tokens)[:, 0].mean())
+    assert greedy["change"] == pytest.approx(greedy["found"] - greedy["no scaling"])
+
+
 def test_a_search_gives_a_row_that_its_scaling_can_be_read_from(tiny, ledger, monkeypatch):
     monkeypatch.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
     monkeypatch.setattr(free_text, "OPENINGS", free_text.OPENINGS[:2])
     options = {"texts": TEXTS, "steps": 2, "contexts": (2, 2, 2), "stretches": 2}
-    search = Search(tiny, ledger, SIZES, options, {"gains": {"space": "head_gains"}})
+    search = Search(tiny, ledger, tasks.general_tasks(SIZES), options, {"gains": {"space": "head_gains"}})
     pieces = search.list_pieces({"all": ["short", "copying"]}, 2)
     assert [*pieces] == ["all | 0", "all | 1"]
     [row] = pieces["all | 1"]().to_dict("records")

@@ -29,31 +29,44 @@ _NEAR = 3  # preceding tokens: a token that is among them is a near repeat
 
 
 def continue_freely(
-    lm: LM, scaling: Scaling, *, n_tokens: int = 64, seed: int = 0, ledger: Ledger | None = None
+    lm: LM,
+    scaling: Scaling,
+    *,
+    openings: Sequence[str] | None = None,
+    n_tokens: int = 64,
+    seed: int = 0,
+    ledger: Ledger | None = None,
 ) -> NDArray[np.int64]:
     """Tokens that a model writes after each opening: greedily, and drawn from its distribution.
 
     Decoding uses our own settings, whatever the model's generation config says: no penalty, no top-k or top-p, and no
     end-of-text token, so that all continuations have the same length.
 
+    Parameters
+    ----------
+    openings : sequence of str, optional
+        By default `OPENINGS`.
+
     Returns
     -------
     int array, shape (openings, 2, n_tokens)
     """
-    asked = keys(seed)
+    openings = OPENINGS if openings is None else openings
+    asked = keys(seed, openings)
     found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, n_tokens)
     if not all(key in found for key in asked):
-        texts = [" ".join(map(str, row)) for row in _generate(lm, scaling, n_tokens, seed).tolist()]
+        texts = [" ".join(map(str, row)) for row in _generate(lm, scaling, openings, n_tokens, seed).tolist()]
         if ledger is not None:
             texts = ledger.record_texts(lm.fingerprint, scaling.key, n_tokens, asked, texts)
         found = dict(zip(asked, texts, strict=True))
     rows = [[int(token) for token in found[key].split()] for key in asked]
-    return np.array(rows).reshape(len(OPENINGS), 2, n_tokens)
+    return np.array(rows).reshape(len(openings), 2, n_tokens)
 
 
-def keys(seed: int) -> list[str]:
+def keys(seed: int, openings: Sequence[str] | None = None) -> list[str]:
     """The keys of continuations in a ledger, in the order of the openings: of each the greedy one first."""
-    return [f"continued {seed} {number} {opening}" for opening in OPENINGS for number in range(2)]
+    openings = OPENINGS if openings is None else openings
+    return [f"continued {seed} {number} {opening}" for opening in openings for number in range(2)]
 
 
 def near_repeats(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -85,9 +98,9 @@ class _GumbelNoise(LogitsProcessor):
 
 
 @torch.inference_mode()
-def _generate(lm: LM, scaling: Scaling, n_tokens: int, seed: int) -> NDArray[np.int64]:
+def _generate(lm: LM, scaling: Scaling, openings: Sequence[str], n_tokens: int, seed: int) -> NDArray[np.int64]:
     """Tokens of each row, two for each opening; shape (rows, n_tokens)."""
-    prompts: Sequence[list[int]] = [lm.tokenizer(opening)["input_ids"] for opening in OPENINGS]
+    prompts: Sequence[list[int]] = [lm.tokenizer(opening)["input_ids"] for opening in openings]
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad or 0] * (longest - len(p)) + p for p in prompts], device=lm.model.device)
