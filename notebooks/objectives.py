@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, find_scaling, score, tasks
 from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
 from lrs_utils.finding.free_text import continue_freely, distinct_trigrams, near_repeats
-from lrs_utils.finding.parts import Task
+from lrs_utils.finding.parts import Task, divide
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import read_key
 from lrs_utils.scoring.answers import generate_answers
@@ -160,7 +160,7 @@ def judge(
     """
     rows = []
     for test, suite in tests.items():
-        before, nll = read_answers(lm, suite, LayerScaling.identity(lm.num_layers), answer_tokens, ledger)
+        before, nll = read_answers(lm, suite, _none(lm), answer_tokens, ledger)
         for name, key in keys.items():
             after, nll_after = read_answers(lm, suite, read_key(key), answer_tokens, ledger)
             row = {"objective": name, "test": test, "no scaling": np.nanmean(before), "found": np.nanmean(after)}
@@ -199,46 +199,84 @@ def read_answers(
     return np.where(suite.asked, outcomes.exact[0], np.nan), nll
 
 
-def compare_repeats(
-    lm: LM, keys: Mapping[str, str], texts: Mapping[str, str], n_openings: int, n_tokens: int, ledger: Ledger
-) -> pd.DataFrame:
-    """Whether free text repeats itself more often than without scaling, on more openings than a search looks at.
+def draw_openings(texts: Mapping[str, str], n_each: int, seed: int, n_words: int = 10) -> list[str]:
+    """The first words of sentences, as many from each text; other seeds draw others."""
+    openings = []
+    for text in texts.values():
+        sentences = [found.split() for found in re.findall(r"(?<=[.!?] )[A-Z][^.!?]+", " ".join(text.split()))]
+        long = [" ".join(words[:n_words]) for words in sentences if len(words) > n_words]
+        order = np.random.default_rng(_SEED).permutation(len(long)).tolist()
+        openings += [long[at] for at in order[seed * n_each : (seed + 1) * n_each]]
+    return openings
 
-    Parameters
-    ----------
-    texts : mapping of name to text
-        Openings are the first words of sentences, as many of each text.
+
+def choose_dose(
+    lm: LM, key: str, doses: Sequence[float], openings: Sequence[str], n_tokens: int, ledger: Ledger
+) -> pd.DataFrame:
+    """The largest dose of a scaling at which free text repeats itself no more than chance explains; else the smallest.
+
+    A search looks at eight openings. These are more.
 
     Returns
     -------
     DataFrame
-        A row for each scaling, "greedy" and "drawn", and measure ("near repeats", "trigrams seen before"): the share in
-        per cent with "no scaling" and "found", and its "change" with "low", "high" and "p", opening by opening.
+        Rows of `compare_repeats` for each dose down to the chosen one, with "dose" and "scaling"; the last is chosen.
     """
-    openings = [words for text in texts.values() for words in _list_openings(text, n_openings // len(texts))]
-    none, rows = LayerScaling.identity(lm.num_layers), []
-    for name, key in keys.items():
-        written = [
-            continue_freely(lm, scaling, openings=openings, n_tokens=n_tokens, ledger=ledger)
-            for scaling in (none, read_key(key))
-        ]
-        shares = {
-            "near repeats": [100 * near_repeats(tokens) for tokens in written],
-            "trigrams seen before": [100 * (1 - distinct_trigrams(tokens)) for tokens in written],
-        }
-        for measure, (before, after) in shares.items():
-            for way, kind in enumerate(("greedy", "drawn")):
-                row = {"objective": name, "text": kind, "measure": measure}
-                row |= {"no scaling": before[:, way].mean(), "found": after[:, way].mean()}
-                rows.append(row | paired_change(before[:, way], after[:, way]))
+    tables = []
+    for dose in sorted(doses, reverse=True):
+        scaling = read_key(key).at_dose(dose).key
+        table = compare_repeats(lm, scaling, openings, n_tokens, ledger)
+        tables.append(table.assign(dose=dose, scaling=scaling))
+        if not (table["low"] > 0).any():
+            break
+    return pd.concat(tables, ignore_index=True)
+
+
+def compare_repeats(lm: LM, key: str, openings: Sequence[str], n_tokens: int, ledger: Ledger) -> pd.DataFrame:
+    """Whether free text repeats itself more often than without scaling.
+
+    Returns
+    -------
+    DataFrame
+        A row for "greedy" and "drawn" text and each measure ("near repeats", "trigrams seen before"): the share in per
+        cent with "no scaling" and "found", and its "change" with "low", "high" and "p", opening by opening.
+    """
+    written = [
+        continue_freely(lm, scaling, openings=openings, n_tokens=n_tokens, ledger=ledger)
+        for scaling in (_none(lm), read_key(key))
+    ]
+    shares = {
+        "near repeats": [100 * near_repeats(tokens) for tokens in written],
+        "trigrams seen before": [100 * (1 - distinct_trigrams(tokens)) for tokens in written],
+    }
+    rows = []
+    for measure, (before, after) in shares.items():
+        for way, kind in enumerate(("greedy", "drawn")):
+            row = {"text": kind, "measure": measure, "no scaling": before[:, way].mean(), "found": after[:, way].mean()}
+            rows.append(row | paired_change(before[:, way], after[:, way]))
     return pd.DataFrame(rows)
 
 
-def _list_openings(text: str, n: int, n_words: int = 10) -> list[str]:
-    """The first words of as many sentences, drawn from a text."""
-    sentences = [found.split() for found in re.findall(r"(?<=[.!?] )[A-Z][^.!?]+", " ".join(text.split()))]
-    long = [" ".join(words[:n_words]) for words in sentences if len(words) > n_words]
-    return [long[at] for at in np.random.default_rng(_SEED).permutation(len(long))[:n].tolist()]
+def compare_perplexity(lm: LM, key: str, texts: Mapping[str, str], n_stretches: int, ledger: Ledger) -> pd.DataFrame:
+    """What a scaling changes in the perplexity of each text, per cent, on the third that no search or choice reads.
+
+    Parameters
+    ----------
+    n_stretches : int
+        Of each text, about 270 tokens.
+    """
+    part = divide([], texts, dict.fromkeys(("search", "validation", "test"), 4), n_stretches, 0)["test"]
+    before, after = (score(lm, part.text, [s], ledger=ledger).nll[0, :, 0] for s in (_none(lm), read_key(key)))
+    rows = []
+    for kind in texts:
+        change = paired_change(before[part.kinds == kind], after[part.kinds == kind])
+        ends = {end: 100 * np.expm1(change[end]) for end in ("change", "low", "high")}
+        rows.append({"text": kind, "perplexity": float(np.exp(before[part.kinds == kind].mean()))} | ends)
+    return pd.DataFrame(rows)
+
+
+def _none(lm: LM) -> LayerScaling:
+    return LayerScaling.identity(lm.num_layers)
 
 
 def try_temperatures(
@@ -254,7 +292,7 @@ def try_temperatures(
     """
     found = read_key(key)
     heads = found if isinstance(found, HeadScaling) else HeadScaling(layers=layers_of(found, lm))
-    layers = heads.layers or LayerScaling.identity(lm.num_layers)
+    layers = heads.layers or _none(lm)
     before = layers.temperatures or (1.0,) * lm.num_layers
     rows = []
     for name, suite in tests.items():

@@ -4,6 +4,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import objectives
+import pandas as pd
 import pytest
 from objectives import Search, draw_gains, judge, list_objectives, make_tests, measure_angles, read_answers
 
@@ -60,17 +61,49 @@ def test_what_was_left_out_is_what_is_tested(suites):
     assert [*objectives.pick_tests("all but pairs", suites)] == ["uuid, 2", "short, 3", "short, 4"]
 
 
-def test_repeats_are_compared_on_sentences_of_a_text(tiny, ledger):
-    text = " ".join(f"Sentence {i} has " + " ".join(f"w{i}x{j}" for j in range(9)) + "." for i in range(12))
+SENTENCES = " ".join(f"Sentence {i} has " + " ".join(f"w{i}x{j}" for j in range(9)) + "." for i in range(20))
+
+
+def test_openings_are_sentences_and_other_seeds_draw_others():
+    drawn = [objectives.draw_openings({"a": SENTENCES}, 4, seed) for seed in range(2)]
+    assert all(opening.startswith("Sentence") and len(opening.split()) == 10 for opening in drawn[0])
+    assert len({*drawn[0], *drawn[1]}) == 8
+
+
+def test_repeats_are_those_of_the_free_text(tiny, ledger):
+    openings = objectives.draw_openings({"a": SENTENCES}, 4, 0)
     scaling = HeadScaling(gains=np.full((tiny.num_layers, 4), 3.0))
-    table = objectives.compare_repeats(tiny, {"all": scaling.key}, {"a": text, "b": text}, 8, 12, ledger)
-    assert table[["text", "measure"]].drop_duplicates().shape[0] == len(table) == 4
-    openings = objectives._list_openings(text, 4)
-    assert all(opening.startswith("Sentence") and len(opening.split()) == 10 for opening in openings)
+    table = objectives.compare_repeats(tiny, scaling.key, openings, 12, ledger)
+    assert len(table[["text", "measure"]].drop_duplicates()) == len(table) == 4
     tokens = free_text.continue_freely(tiny, scaling, openings=openings, n_tokens=12)
     greedy = table[(table["text"] == "greedy") & (table["measure"] == "near repeats")].iloc[0]
     assert greedy["found"] == pytest.approx(100 * free_text.near_repeats(tokens)[:, 0].mean())
     assert greedy["change"] == pytest.approx(greedy["found"] - greedy["no scaling"])
+
+
+def test_the_largest_dose_that_does_not_repeat_is_chosen(tiny, ledger, monkeypatch):
+    def compare(lm, key, openings, n_tokens, ledger):
+        too_much = objectives.read_key(key).gains[0][0] > 2.0  # dose 1 and 0.8 of a gain of 3
+        return pd.DataFrame({"low": [-1.0, 0.1 if too_much else -0.1]})
+
+    monkeypatch.setattr(objectives, "compare_repeats", compare)
+    scaling = HeadScaling(gains=np.full((tiny.num_layers, 4), 3.0))
+    table = objectives.choose_dose(tiny, scaling.key, [0.6, 1.0, 0.8, 0.3], [], 4, ledger)
+    assert table["dose"].tolist() == [1.0, 1.0, 0.8, 0.8, 0.6, 0.6]
+    assert table["scaling"].iloc[-1] == scaling.at_dose(0.6).key
+
+
+def test_perplexity_is_that_of_the_third_that_no_search_reads(tiny, ledger, monkeypatch):
+    monkeypatch.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
+    nothing = objectives.compare_perplexity(tiny, LayerScaling.identity(tiny.num_layers).key, TEXTS, 3, ledger)
+    assert nothing["text"].tolist() == ["book", "facts"]
+    assert (nothing[["change", "low", "high"]] == 0).all(axis=None)
+    scaling = HeadScaling(gains=np.full((tiny.num_layers, 4), 3.0))
+    table = objectives.compare_perplexity(tiny, scaling.key, TEXTS, 3, ledger)
+    text = dividing.divide([], TEXTS, dict.fromkeys(("search", "validation", "test"), 4), 3, 0)["test"]
+    before, after = score(tiny, text.text, [LayerScaling.identity(tiny.num_layers), scaling]).nll[:, :, 0]
+    facts = text.kinds == "facts"
+    assert table["change"].iloc[1] == pytest.approx(100 * np.expm1((after - before)[facts].mean()), rel=1e-4)
 
 
 def test_a_search_gives_a_row_that_its_scaling_can_be_read_from(tiny, ledger, monkeypatch):
