@@ -212,6 +212,12 @@ def test_a_model_that_was_exported_is_not_scaled_twice_by_accident(lm, name, tmp
         export(again, SCALINGS["gains"], tmp_path / "twice")
 
 
+@pytest.mark.parametrize("measured", [{"uuid: points": 64.6}, "well", ["well", {"accuracy": 1}], None])
+def test_what_a_factor_file_says_otherwise_of_its_test_is_not_told(lm, tmp_path, measured):
+    export(lm, SCALINGS["gains"], tmp_path / "out", provenance={"test": measured})
+    assert "Not measured when this folder was made." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_folder_holds_a_card_the_numbers_and_what_generation_needs(lm, tmp_path):
     rows = [
         {"task": "pairs", "measure": "accuracy", "no scaling": 0.2, "found": 0.75, "change": 0.55, "low": 0.5,

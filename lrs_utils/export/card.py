@@ -100,7 +100,9 @@ def _hub_id(lm: LM) -> str | None:
 
 def _tell_test(provenance: Mapping[str, Any]) -> str:
     """What the test of `find_scaling` measured, as a table."""
-    shown = [row for row in provenance.get("test") or [] if str(row["measure"]).partition(":")[0] in _SHOWN]
+    rows = provenance.get("test")  # a file may hold anything there
+    rows = [row for row in rows if isinstance(row, dict) and "measure" in row] if isinstance(rows, list) else []
+    shown = [row for row in rows if str(row["measure"]).partition(":")[0] in _SHOWN]
     if not shown:
         return "Not measured when this folder was made. Measure it on your task before you rely on it."
     lines = []
