@@ -155,8 +155,8 @@ def judge(
     -------
     DataFrame
         A row for each scaling and test: accuracy with "no scaling" and "found", "points" with "low", "high" and "p" of
-        the permutation test over contexts, corrected over the table (Holm), the change "by fifth" of depth, and the
-        change of the answers' "nll".
+        the permutation test over contexts, corrected over the table (Holm), the change "by fifth" of depth, how many
+        "fifths worse" there are (their interval below 0), and the change of the answers' "nll".
     """
     rows = []
     for test, suite in tests.items():
@@ -168,8 +168,9 @@ def judge(
             row |= {"points": change.pop("change")} | change | {"nll": float(np.nanmean(nll_after - nll))}
             if before.shape[1] > 1:
                 changes = by_fifth(after, suite.depths) - by_fifth(before, suite.depths)
-                there = ~np.isnan(changes).all(axis=0)
-                row["by fifth"] = " ".join(f"{100 * c:+.0f}" for c in np.nanmean(changes[:, there], axis=0))
+                changes = [of[~np.isnan(of)] for of in changes.T if not np.isnan(of).all()]
+                row["by fifth"] = " ".join(f"{100 * of.mean():+.0f}" for of in changes)
+                row["fifths worse"] = sum(len(of) > 1 and bootstrap_mean(of).high < 0 for of in changes)
             rows.append(row)
     table = pd.DataFrame(rows)
     return table.assign(p=holm(table["p"]))

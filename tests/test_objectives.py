@@ -132,10 +132,23 @@ def test_scalings_are_judged_against_no_scaling_and_corrected_over_all(tiny, led
     exact = score(tiny, suites["short, 3"], [LayerScaling.identity(tiny.num_layers)]).exact
     assert table.loc[("all", "short, 3"), "no scaling"] == exact.mean()
     assert abs(table.loc[("all", "short, 3"), "nll"]) > 1e-4
+    assert (table.loc["nothing", "fifths worse"].dropna() == 0).all()
     _, ax = plt.subplots()
     draw_gains(table.reset_index(), ax)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["all", "nothing"]
     plt.close("all")
+
+
+def test_a_fifth_that_every_context_loses_is_worse(tiny, ledger, suites, monkeypatch):
+    def answer(lm, suite, scaling, answer_tokens, ledger):
+        exact = np.ones((4, 5))
+        exact[:, 3] = scaling.is_identity  # read without scaling, and lost with it
+        return exact, np.zeros((4, 5))
+
+    monkeypatch.setattr(objectives, "read_answers", answer)
+    suite = tasks.kv_retrieval(5, 4, keys="short")
+    [row] = judge(tiny, {"all": HeadScaling(gains=[[2.0]]).key}, {"short, 5": suite}, 3, ledger).to_dict("records")
+    assert (row["by fifth"], row["fifths worse"]) == ("+0 +0 +0 -100 +0", 1)
 
 
 def test_options_are_known_where_the_right_one_is_likeliest(tiny, ledger, suites):
