@@ -164,6 +164,7 @@ def test_any_task_gives_a_table_of_what_changed(tiny, find, mine, kind):
     assert [entry["task"] for entry in valid] == names
     assert all(0 < entry["tokens"][0] <= entry["tokens"][1] < 2048 for entry in valid)
     assert {len(suite.probes) for suite in result.judged.tasks} == {5}
+    assert result.about["text_weight"] == 2 * len(names)
 
 
 def test_where_nothing_helps_there_is_no_scaling_and_the_sentence_says_so(tiny, find, tmp_path):

@@ -37,6 +37,7 @@ from lrs_utils.searchers.learned import SPACES, refuse_space
 from lrs_utils.tasks import Suite, general_tasks, long_texts
 
 AUTO = ("heads", "head_gains")  # the first that a family can have: what gains most (data/results/spaces.csv)
+_TEXT_WEIGHT = 2.0  # for each task, whose nll over its unscaled value weighs 1
 _RATES = {"both": 0.1, "factors": 0.1, "temperatures": 0.1}  # others, heads' and "pi" factors, use 0.05
 
 
@@ -50,7 +51,7 @@ def find_scaling(
     texts: Mapping[str, str] | None = None,
     steps: int = 24,
     rate: float | None = None,
-    text_weight: float = 2.0,
+    text_weight: float | None = None,
     questions: int = 10,
     contexts: tuple[int, int, int] = (16, 8, 32),
     stretches: int = 8,
@@ -80,8 +81,9 @@ def find_scaling(
         choice, a third for the test. By default a book, a play, and facts on countries, fetched once.
     steps, rate : int, float
         Of the gradient search, `GradientSearch`; the default rate depends on the space.
-    text_weight : float
+    text_weight : float, optional
         Weight of the text's nll in the objective; each task's nll, divided by its value with no scaling, has weight 1.
+        By default 2 for each task.
     questions : int
         Largest number of questions of one context in a step of the search.
     contexts : (search, validation, test)
@@ -114,6 +116,7 @@ def find_scaling(
     if task == "general":
         task = list(general_tasks().values())
     given = [task] if isinstance(task, str | Path | Suite) or callable(task) else list(task)
+    text_weight = _TEXT_WEIGHT * len(given) if text_weight is None else text_weight
     vary = _choose_space(lm, space)
     ledger = Ledger(cache_folder() / "ledger.sqlite") if ledger is None else ledger
     texts = default_texts() if texts is None else dict(texts)
