@@ -168,9 +168,9 @@ def judge(
             row |= {"points": change.pop("change")} | change | {"nll": float(np.nanmean(nll_after - nll))}
             if before.shape[1] > 1:
                 changes = by_fifth(after, suite.depths) - by_fifth(before, suite.depths)
-                changes = [of[~np.isnan(of)] for of in changes.T if not np.isnan(of).all()]
-                row["by fifth"] = " ".join(f"{100 * of.mean():+.0f}" for of in changes)
-                row["fifths worse"] = sum(len(of) > 1 and bootstrap_mean(of).high < 0 for of in changes)
+                fifths = [of[~np.isnan(of)] for of in changes.T if not np.isnan(of).all()]
+                row["by fifth"] = " ".join(f"{100 * of.mean():+.0f}" for of in fifths)
+                row["fifths worse"] = sum(len(of) > 1 and bootstrap_mean(of).high < 0 for of in fifths)
             rows.append(row)
     table = pd.DataFrame(rows)
     return table.assign(p=holm(table["p"]))
