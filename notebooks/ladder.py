@@ -26,6 +26,7 @@ from lrs_utils.finding.recipe import default_texts
 from lrs_utils.progress import SilentProgress
 from lrs_utils.scaling.base import Scaling
 from lrs_utils.scaling.files import read_key
+from lrs_utils.scaling.products import n_heads
 from lrs_utils.searchers.learned import count_numbers
 
 # The paper's own numbers first; behind each name its space, by which it is searched.
@@ -175,9 +176,18 @@ def draw_ladder(rows: pd.DataFrame, limit: float, ax: Axes) -> None:
     ax.set(xscale="log", xlabel="numbers learned", ylabel="points gained")
 
 
+def take_heads(rows: pd.DataFrame, limit: float, lm: LM) -> HeadScaling:
+    """The gains of heads that the first seed found at a limit; all 1 where nothing helped."""
+    [key] = rows[(rows["method"] == "heads: gains") & (rows["seed"] == 0) & (rows["limit"] == limit)]["scaling"]
+    found = read_key(key)
+    return found if isinstance(found, HeadScaling) else HeadScaling(gains=np.ones((lm.num_layers, n_heads(lm.model))))
+
+
 def keep_largest(scaling: HeadScaling, n: int) -> HeadScaling:
     """Only the n heads whose numbers moved farthest; all others are left as they were."""
     names = [name for name in ("temperatures", "gains") if getattr(scaling, name) is not None]
+    if not names:  # all are 1
+        return scaling
     logs = np.array([np.log(getattr(scaling, name)) for name in names])
     size = np.abs(logs).max(axis=0)
     least = np.sort(size.ravel())[::-1][:n].min() if n else np.inf
@@ -235,7 +245,7 @@ def correlate_heads(scaling: HeadScaling, scores: pd.DataFrame) -> pd.DataFrame:
             for of, moved in (("its log", logs), ("how far it moved", np.abs(logs))):
                 rho, p = spearmanr(scores[kind], moved)
                 rows.append({"number": number, "score": kind, "of": of, "rho": float(rho), "p": float(p)})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["number", "score", "of", "rho", "p"])
     return table.assign(p=holm(table["p"]))
 
 

@@ -57,6 +57,16 @@ def test_a_control_is_judged_under_its_hooks(small):
     assert row["accuracy"] == pytest.approx(exact)
 
 
+def test_where_nothing_helped_the_gains_of_heads_are_one(tiny):
+    rows = pd.DataFrame({"method": "heads: gains", "seed": [0, 0, 1], "limit": [0.0, 0.01, 0.01]})
+    rows["scaling"] = [s.key for s in (LayerScaling.identity(2), HeadScaling(gains=GAINS), LayerScaling.identity(2))]
+    assert ladder.take_heads(rows, 0.01, tiny) == HeadScaling(gains=GAINS)
+    none = ladder.take_heads(rows, 0.0, tiny)
+    assert none == keep_largest(none, 3) == HeadScaling(gains=np.ones((2, 4)))
+    scores = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "induction": [0.1, 0.2]})
+    assert correlate_heads(none, scores).empty
+
+
 def test_the_heads_that_moved_farthest_are_kept():
     scaling = HeadScaling(gains=GAINS)
     assert keep_largest(scaling, 2).gains == ((1.3, 0.7, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0))
