@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from two_models import Trial, compare_outcomes, cut_unseen_text
 
-from lrs_utils import LM, LayerScaling, load_lm, score, tasks
+from lrs_utils import LM, LayerScaling, load_factors, load_lm, score, tasks
 from lrs_utils.analysis.statistics import paired_change
 from lrs_utils.peers import AttentionBuckets, LaMPE, MsPoE, RegionScaling, ReRoPE, SelfExtend, String
 from lrs_utils.scaling.base import Scaling
@@ -165,35 +165,32 @@ class Contest:
 
         Parameters
         ----------
+        name : str
+            Of `METHODS`, or another name for the scaling `on` alone.
         on : str, optional
             Key of a scaling that lies below.
         """
-        suite, text = self._judged()
+        suite, text = self.trial.make_judged(self.n_test_contexts), cut_unseen_text(self.test_stretches)
+        none = [LayerScaling.identity(self.lm.num_layers)]
+        before, text_before = (score(self.lm, s, none, ledger=self.trial.ledger) for s in (suite, text))
         exact, _ = self.read(name, values, suite, on)
         _, nll = self.read(name, values, text, on)
-        return self._compare({"method": name, "values": json.dumps(dict(values)), "below": on or ""}, exact, nll)
+        found = compare_outcomes(before.exact[0], exact, before.depths, text_before.nll[0, :, 0], nll[:, 0])
+        return pd.DataFrame([{"method": name, "values": json.dumps(dict(values)), "below": on or "", **found}])
 
-    def judge_scaling(self, name: str, key: str) -> pd.DataFrame:
-        """The same of a scaling."""
-        suite, text = self._judged()
-        exact, nll = (score(self.lm, s, [read_key(key)], ledger=self.trial.ledger) for s in (suite, text))
-        return self._compare({"method": name, "values": "", "below": key}, exact.exact[0], nll.nll[0])
+    def judge_documents(
+        self, name: str, values: Values, suite: Suite, n_tokens: int, on: str | None = None
+    ) -> pd.DataFrame:
+        """A row of points on documents, judged as Lost in the Middle does: free text that holds an accepted answer.
 
-    def _judged(self) -> tuple[Suite, Suite]:
-        return self.trial.make_judged(self.n_test_contexts), cut_unseen_text(self.test_stretches)
-
-    def _compare(self, row: Values, exact: NDArray[np.bool_], nll: NDArray[np.float64]) -> pd.DataFrame:
-        none = [LayerScaling.identity(self.lm.num_layers)]
-        before, text = (score(self.lm, suite, none, ledger=self.trial.ledger) for suite in self._judged())
-        found = compare_outcomes(before.exact[0], exact, before.depths, text.nll[0, :, 0], nll[:, 0])
-        return pd.DataFrame([{**row, **found}])
-
-    def judge_documents(self, name: str, values: Values, suite: Suite, n_tokens: int) -> pd.DataFrame:
-        """A row of points on documents, judged as Lost in the Middle does: free text that holds an accepted answer."""
+        One question at a time: prompts of different lengths would be padded, which regions of distances don't know.
+        """
+        asked = tasks.in_chat(suite, self.lm.tokenizer) if self.lm.tokenizer.chat_template else suite
+        asked = replace(asked, probes=tuple(replace(p, questions=(q,)) for p in asked.probes for q in p.questions))
         none = LayerScaling.identity(self.lm.num_layers)
         before, after = (
-            np.concatenate([self._judge_text(applied, part, n_tokens) for applied, part in parts])
-            for parts in ([(none, suite)], self._list_parts(name, values, suite, None))
+            np.concatenate([self._judge_text(*part, n_tokens) for part in parts]).reshape(len(suite.probes), -1)
+            for parts in ([(none, asked)], self._list_parts(name, values, asked, on))
         )
         change = paired_change(100 * before.mean(axis=1), 100 * after.mean(axis=1))
         row = {"method": name, "values": json.dumps(dict(values)), "test": suite.name, "accuracy": after.mean()}
@@ -214,7 +211,12 @@ class Contest:
 
     def _list_parts(self, name: str, values: Values, suite: Suite, on: str | None) -> list[tuple[Applied, Suite]]:
         """What is applied to which contexts."""
-        method, below = METHODS[name], None if on is None else read_key(on)
+        below = None if on is None else read_key(on)
+        if name not in METHODS:
+            if below is None:
+                raise ValueError(f"{name!r} is no method; there are {', '.join(METHODS)}")
+            return [(below, suite)]
+        method = METHODS[name]
         parts = [replace(suite, probes=(probe,)) for probe in suite.probes] if method.by_context else [suite]
         return [(method.make(self.lm, part.probes[0], below, values), part) for part in parts]
 
@@ -223,6 +225,11 @@ class Contest:
             return applied.score(self.lm, suite, ledger=self.trial.ledger)
         outcomes = score(self.lm, suite, [applied], ledger=self.trial.ledger)
         return outcomes.exact[0], outcomes.nll[0]
+
+
+def read_ours(name: str) -> str:
+    """The key of a scaling, given as a factor file's name or as the key itself."""
+    return (read_key(name) if "|" in name else load_factors(name)).key
 
 
 def measure_cost(model: str, name: str, values: Values, dtype: str, n_tokens: int) -> pd.DataFrame:

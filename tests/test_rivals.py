@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from rivals import METHODS, Contest, draw_comparison, draw_map, measure_cost
 from two_models import Trial
 
-from lrs_utils import HeadScaling, LayerScaling, Ledger, load_lm, score, tasks
+from lrs_utils import HeadScaling, LayerScaling, Ledger, load_factors, load_lm, score, tasks
 from lrs_utils.finding import parts as dividing
 
 TEXTS = {name: " ".join(f"{name}{i % 50}" for i in range(400)) for name in ("book", "facts")}
@@ -68,19 +68,29 @@ def test_a_method_is_tuned_within_its_budget_and_the_best_values_come_first(cont
 def test_methods_and_scalings_are_judged_alike(contest):
     [row] = contest.judge("one temperature", {"temperature": 1.5}).to_dict("records")
     scaling = LayerScaling.uniform(1.0, 2, "pi", temperatures=[1.5, 1.5])
-    [ours] = contest.judge_scaling("ours", scaling.key).to_dict("records")
+    [ours] = contest.judge("ours", {}, scaling.key).to_dict("records")
     same = ("accuracy", "points", "low", "high", "p", "by fifth", "perplexity")
     assert [row[column] for column in same] == [ours[column] for column in same]
     assert row["perplexity"] != 0
     assert json.loads(row["values"]) == {"temperature": 1.5}
+    with pytest.raises(ValueError, match="'ours' is no method; there are one factor"):
+        contest.judge("ours", {})
 
 
-def test_documents_are_judged_on_free_text(contest):
-    lines = tasks.kv_retrieval(3, 2, keys="short")
-    [row] = contest.judge_documents("LaMPE", METHODS["LaMPE"].published, lines, 3).to_dict("records")
-    assert (row["test"], row["accuracy"], row["points"]) == (lines.name, row["no scaling"], 0.0)
+@pytest.mark.parametrize("name", ["LaMPE", "ReRoPE", "ours"])
+def test_documents_are_judged_on_free_text_one_question_at_a_time(contest, name):
+    suite = tasks.kv_retrieval(3, 2, keys="short")
+    longer = tuple(replace(q, prompt=q.prompt + "x" * n) for n, q in enumerate(suite.probes[0].questions))
+    suite = replace(suite, probes=(replace(suite.probes[0], questions=longer), suite.probes[1]))
+    on = LayerScaling((1.1, 0.9), "ntk").key if name == "ours" else None
+    values = {"ReRoPE": {"window": 20}, "ours": {}, "LaMPE": METHODS["LaMPE"].published}[name]
+    [row] = contest.judge_documents(name, values, suite, 3, on).to_dict("records")
+    assert (row["test"], row["no scaling"], row["points"]) == (suite.name, row["accuracy"], 0.0)
+
+
+def test_buckets_write_no_free_answers(contest):
     with pytest.raises(ValueError, match="Attention Buckets read one text at a time"):
-        contest.judge_documents("Attention Buckets", {"bases": [1.0, 2.0]}, lines, 3)
+        contest.judge_documents("Attention Buckets", {"bases": [1.0, 2.0]}, tasks.kv_retrieval(3, 2, keys="short"), 3)
 
 
 def test_a_cost_is_measured_in_a_process_of_its_own():
@@ -103,6 +113,12 @@ def test_a_map_shows_what_distances_are_read_as(contest):
     draw_comparison(table.assign(low=0.0, high=3.0), ax)
     assert {text.get_text() for text in ax.texts} == {"a", "b"}
     plt.close("all")
+
+
+def test_ours_are_files_or_keys():
+    key = LayerScaling((1.1, 0.9), "ntk").key
+    assert rivals.read_ours(key) == key
+    assert rivals.read_ours("smollm2-135m/paper") == load_factors("smollm2-135m/paper").key
 
 
 def test_the_published_values_are_those_of_the_papers():
