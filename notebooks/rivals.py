@@ -232,36 +232,42 @@ def read_ours(name: str) -> str:
     return (read_key(name) if "|" in name else load_factors(name)).key
 
 
-def measure_cost(model: str, name: str, values: Values, dtype: str, n_tokens: int) -> pd.DataFrame:
-    """What a method costs to read `n_tokens`: a forward pass in a process of its own.
+def measure_cost(model: str, name: str, values: Values, dtype: str, n_pairs: int) -> pd.DataFrame:
+    """What a method costs to read a context of UUID pairs once, in a process of its own.
+
+    What a method has to find out about the context first (`by_context`) counts.
 
     Returns
     -------
     DataFrame
         A row: "seconds" (the fastest of three), "MB" (how far the process grew above the loaded model).
     """
-    called = (
-        f"import rivals; rivals.print_cost(*{json.dumps([model, name, json.dumps(dict(values)), dtype, n_tokens])})"
-    )
-    command = [sys.executable, "-c", called]
+    asked = json.dumps([model, name, json.dumps(dict(values)), dtype, n_pairs])
+    command = [sys.executable, "-c", f"import rivals; rivals.print_cost(*{asked})"]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     seconds, megabytes = map(float, found.stdout.split()[-2:])
     return pd.DataFrame([{"method": name, "values": json.dumps(dict(values)), "seconds": seconds, "MB": megabytes}])
 
 
-def print_cost(model: str, name: str, values: str, dtype: str, n_tokens: int) -> None:
+def print_cost(model: str, name: str, values: str, dtype: str, n_pairs: int) -> None:
     """The other side of `measure_cost`: the two numbers on a line. "no scaling" is a name too."""
-    lm = load_lm(model, dtype=dtype)
-    ids = torch.arange(n_tokens, device=lm.model.device)[None] % 200 + 20
-    [probe] = tasks.kv_retrieval(4, 1).probes
-    plain = LayerScaling.identity(lm.num_layers)
-    applied = plain if name == "no scaling" else METHODS[name].make(lm, probe, None, json.loads(values))
-    with torch.no_grad(), applied.applied_to(lm.model):
+    lm, method = load_lm(model, dtype=dtype), METHODS.get(name)
+    [probe] = tasks.kv_retrieval(n_pairs, 1).probes
+    question = probe.questions[0]
+    prompt = probe.context + question.prompt + question.answer_prefix
+    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"].to(lm.model.device)
+
+    def make() -> Applied:
+        return method.make(lm, probe, None, json.loads(values)) if method else LayerScaling.identity(lm.num_layers)
+
+    with torch.no_grad():
+        applied = make()
         lm.model(ids[:, :32], use_cache=False)
         before, seconds = _peak(), []
         for _ in range(3):
             started = perf_counter()
-            lm.model(ids, use_cache=False, logits_to_keep=1)
+            with (make() if method and method.by_context else applied).applied_to(lm.model):
+                lm.model(ids, use_cache=False, logits_to_keep=1)
             seconds.append(perf_counter() - started)
     print(min(seconds), _peak() - before)
 

@@ -94,10 +94,19 @@ def test_buckets_write_no_free_answers(contest):
 
 
 def test_a_cost_is_measured_in_a_process_of_its_own():
-    [row] = measure_cost("tiny-llama", "ReRoPE", {"window": 20}, "float32", 64).to_dict("records")
+    [row] = measure_cost("tiny-llama", "ReRoPE", {"window": 20}, "float32", 2).to_dict("records")
     assert row["method"] == "ReRoPE"
     assert row["seconds"] > 0
     assert row["MB"] >= 0
+
+
+@pytest.mark.parametrize(("name", "times"), [("ReRoPE", 1), ("Ms-PoE, order by prompt", 1 + 3)])
+def test_what_a_method_finds_out_about_each_context_counts(monkeypatch, capsys, name, times):
+    made, method = [], METHODS[name]
+    monkeypatch.setitem(METHODS, name, replace(method, make=lambda *of: made.append(of) or method.make(*of)))
+    rivals.print_cost("tiny-llama", name, json.dumps(SMALL[name]), "float32", 2)
+    assert len(made) == times
+    assert len(capsys.readouterr().out.split()) == 2
 
 
 def test_a_map_shows_what_distances_are_read_as(contest):

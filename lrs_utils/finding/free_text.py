@@ -51,7 +51,7 @@ def continue_freely(
     -------
     int array, shape (openings, 2, n_tokens)
     """
-    openings = OPENINGS if openings is None else openings
+    openings = openings or OPENINGS
     asked = keys(seed, openings)
     found = {} if ledger is None else ledger.find_texts(lm.fingerprint, scaling.key, n_tokens)
     if not all(key in found for key in asked):
@@ -65,8 +65,7 @@ def continue_freely(
 
 def keys(seed: int, openings: Sequence[str] | None = None) -> list[str]:
     """The keys of continuations in a ledger, in the order of the openings: of each the greedy one first."""
-    openings = OPENINGS if openings is None else openings
-    return [f"continued {seed} {number} {opening}" for opening in openings for number in range(2)]
+    return [f"continued {seed} {number} {opening}" for opening in openings or OPENINGS for number in range(2)]
 
 
 def near_repeats(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
