@@ -147,6 +147,15 @@ def centre(page: Page, point: int) -> tuple[float, float]:
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
+def settled_centre(page: Page, point: int) -> tuple[float, float]:
+    """The same once JupyterLab has stopped scrolling: running a cell scrolls to the next one, when it gets to it."""
+    before, now = None, centre(page, point)
+    while now != before:
+        page.wait_for_timeout(300)
+        before, now = now, centre(page, point)
+    return now
+
+
 def expect_status(page: Page, text: str) -> None:
     expect(page.locator("p[role=status]")).to_contain_text(text, timeout=120_000)
 
@@ -275,8 +284,9 @@ def test_dragging_stays_smooth_while_the_kernel_is_busy(page):
     page.keyboard.press("Enter")
     page.keyboard.type("import time; time.sleep(12); print('kernel', 'free')")
     page.keyboard.press("Shift+Enter")
+    expect(page.locator(".jp-InputPrompt", has_text="[*]").first).to_be_attached()
     page.locator(".lrs-playground").scroll_into_view_if_needed()
-    before, (x, y) = factors(page), centre(page, 1)
+    before, (x, y) = factors(page), settled_centre(page, 1)
     page.mouse.move(x, y)
     page.mouse.down()
     for step in range(40):
