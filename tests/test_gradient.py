@@ -14,6 +14,7 @@ from test_packed import seen_densely
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrs_utils import ExtendedScaling, GradientSearch, HeadScaling, LayerScaling, Ledger, load_lm, score, search, tasks
+from lrs_utils.scaling.products import n_heads
 from lrs_utils.scoring import attention
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers import descent, gradient
@@ -265,11 +266,15 @@ def test_a_space_is_searched_downhill_and_nothing_else_moves(tiny, vary, start):
     again = ended()
     assert again[1].key == last.key
     assert again[2].nll == searcher.nll
-    if vary == "outputs":
-        assert all(len(set(row)) == 1 for row in last.gains), "one number for the heads of a layer"
-    else:
-        values = numbers_of(last, tiny)
-        assert all(len(np.unique(values[name])) == values[name].size for name in names & {"head_gains"})
+    heads = n_heads(tiny.model)
+    for name in (entry.removeprefix("=") for entry in SPACES[vary] if entry.startswith("=")):
+        for after, before in zip(last.settings, first.settings, strict=True):
+            now, then = (np.ravel(getattr(setting, FIELDS[name]) or 1.0) for setting in (after, before))
+            changes = (now.reshape(heads, -1) / (then.reshape(heads, -1) if len(then) > 1 else then)).round(4)
+            assert len(np.unique(changes, axis=0)) == 1, "the same for all heads of a layer"
+    if {"head_gains"} & {*SPACES[vary]}:
+        values = numbers_of(last, tiny)["head_gains"]
+        assert len(np.unique(values)) == values.size
 
 
 def test_bands_that_can_not_be_are_refused(tiny):

@@ -28,6 +28,8 @@ _SPACES = {
     "both": "factors and temperatures of layers", "heads": "head gains and temperatures",
     "outputs": "gains of attention and MLP outputs", "pi_factors": "factors of positions",
     "layers_and_heads": "numbers of layers and heads", "pair_temperatures": "temperatures of pairs of dimensions",
+    "layer_pair_temperatures": "temperatures of pairs, the same for a layer's heads",
+    "layer_pairs_and_gains": "temperatures of a layer's pairs, and head gains",
     "channel_gains": "gains of channels", **{f"bands_{n}": f"factors of {n} bands" for n in BANDS},
     **{name: name.replace("_", " ") for name in ("factors", "temperatures")},
     **{f"head_{name}": f"head {name}" for name in ("factors", "gains", "temperatures")},

@@ -20,7 +20,15 @@ from lrs_utils.scoring.ledger import Ledger
 from lrs_utils.scoring.packing import pack
 from lrs_utils.searchers.curves import Fitness
 from lrs_utils.searchers.gradient import PRICE, fits_at_once, gradient_key, nll_gradient, sum_key, sum_nll_gradient
-from lrs_utils.searchers.learned import LAYER_NUMBERS, SPACES, layers_of, numbers_of, refuse_space, scaling_of
+from lrs_utils.searchers.learned import (
+    LAYER_NUMBERS,
+    SPACES,
+    count_learned,
+    layers_of,
+    numbers_of,
+    refuse_space,
+    scaling_of,
+)
 from lrs_utils.tasks import Probe, Suite
 
 
@@ -118,8 +126,9 @@ class GradientSearch:
             name = entry.removeprefix("=")
             if entry == name:
                 self._base[name], values = 1.0, torch.tensor(self._values[name], dtype=torch.float32)
-            else:  # one multiplier for all heads of a layer
-                self._base[name], values = self._values[name], torch.ones(1, self._lm.num_layers)
+            else:  # the same multipliers for all heads of a layer
+                self._base[name] = self._values[name]
+                values = torch.ones(count_learned(entry, self._lm), self._lm.num_layers)
             self._logs[name] = values.log().requires_grad_()
 
     @property
@@ -133,7 +142,8 @@ class GradientSearch:
         """Where the search is."""
         values = {**self._values}
         for name, logs in self._logs.items():
-            values[name] = self._base[name] * np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
+            rows = np.array([[round(v, 5) for v in row] for row in logs.exp().tolist()])
+            values[name] = self._base[name] * np.tile(rows, (len(values[name]) // len(rows), 1))
         return scaling_of(values, self._start, self._lm, self._numbers)
 
     def ask(self) -> list[Scaling]:
@@ -157,8 +167,8 @@ class GradientSearch:
         by_number = np.split(total, np.cumsum([len(self._values[name]) for name in self._numbers])[:-1])
         for name, gradient in zip(self._numbers, by_number, strict=True):
             if (logs := self._logs.get(name)) is not None:
-                shared = len(logs) < len(gradient)  # one log for all heads of a layer: the sum of theirs
-                logs.grad = torch.tensor(gradient.sum(0, keepdims=True) if shared else gradient, dtype=logs.dtype)
+                of_heads = gradient.reshape(-1, *logs.shape)  # a log that heads share has the sum of theirs
+                logs.grad = torch.tensor(of_heads.sum(0), dtype=logs.dtype)
         self._adam.step()
         self._cosine.step()
         for name, logs in self._logs.items():

@@ -19,7 +19,7 @@ HEAD_NUMBERS = ("head_temperatures", "head_gains", "mlp_gains")
 OF_HEADS = {"temperatures": ("head_temperatures", "pair_temperatures"), "gains": ("head_gains", "channel_gains")}
 BANDS = (4, 8, 32)  # in a layer
 
-# What may be learned together. A number of heads behind "=" is the same for all heads of a layer.
+# What may be learned together. Behind "=" all heads of a layer have the same number, or the same for each pair.
 SPACES: dict[str, tuple[str, ...]] = {
     "factors": ("factors",),
     "pi_factors": ("factors",),  # the paper's own numbers: `find_scaling` starts from its scheme "pi", else from "ntk"
@@ -32,6 +32,8 @@ SPACES: dict[str, tuple[str, ...]] = {
     "layers_and_heads": (*LAYER_NUMBERS, "head_temperatures", "head_gains"),
     "head_factors": ("head_factors",),
     "pair_temperatures": ("pair_temperatures",),
+    "layer_pair_temperatures": ("=pair_temperatures",),  # where heads share a query norm, these fold into it
+    "layer_pairs_and_gains": ("=pair_temperatures", "head_gains"),
     "channel_gains": ("channel_gains",),
     "outputs": ("=head_gains", "mlp_gains"),  # as many numbers as "both", none of positions: a control
 }
@@ -113,7 +115,13 @@ def count_rows(name: str, lm: LM) -> int:
 
 def count_numbers(lm: LM, space: str) -> int:
     """How many numbers a space has on a model."""
-    return lm.num_layers * sum(1 if name.startswith("=") else count_rows(name, lm) for name in SPACES[space])
+    return lm.num_layers * sum(count_learned(entry, lm) for entry in SPACES[space])
+
+
+def count_learned(entry: str, lm: LM) -> int:
+    """How many numbers an entry of a space learns in a layer: behind "=" those of one head."""
+    rows = count_rows(entry.removeprefix("="), lm)
+    return rows // n_heads(lm.model) if entry.startswith("=") else rows
 
 
 def refuse_space(lm: LM, vary: str) -> None:
