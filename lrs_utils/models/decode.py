@@ -45,7 +45,7 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
     model = copy.copy(lm.model)  # with the same weights and modules; the caller's keeps its own config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     # `generate` hands it every row's last token as a slice: a batched product that copies the vocabulary for each row
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # type: ignore[operator]
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # type: ignore[no-untyped-call]
     try:
         tokens = model.generate(ids, attention_mask=mask, generation_config=settings, **given)  # type: ignore[operator]
     finally:
