@@ -138,6 +138,20 @@ def test_exported_outcomes_come_back_exactly(ledger, tmp_path):
     assert other.find("m", "pi|1.0,0.9") == {k: ledger.find("m", "pi|1.0,0.9")[k] for k in KEYS[:2]}
 
 
+def test_a_long_scaling_is_written_once_and_comes_back(ledger, tmp_path):
+    rng = np.random.default_rng(0)
+    keys = [",".join(f"{n:.5f}" for n in rng.random(2000)) for _ in range(2)]
+    for key in keys:
+        ledger.record("m", key, KEYS, EXACT, rng.random(3, np.float32).astype(float))
+        ledger.record_texts("m", key, 8, KEYS[:2], ["a", "b"])
+    path, other = tmp_path / "x.csv.gz", Ledger(tmp_path / "other.sqlite")
+    assert ledger.export(path, None, None, "made by a test") == other.load(path) == 10
+    assert len(gzip.decompress(path.read_bytes())) < 2.2 * sum(map(len, keys)), "once with outcomes, once with texts"
+    for key in keys:
+        assert other.find("m", key) == ledger.find("m", key)
+        assert other.find_texts("m", key, 8) == ledger.find_texts("m", key, 8)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"plain text", gzip.compress(b"a,b\n1,2\n"), gzip.compress(b"x" * 999)[:40]],

@@ -60,6 +60,8 @@ def _head(path: Path) -> str:
 
 def _read(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, skiprows=int(bool(_head(path)))).drop(columns=_TIMES, errors="ignore")
+    if path.suffix == ".gz":
+        rows["scaling"] = rows["scaling"].ffill()  # a long one stands in the first of its lines
     if "text" in rows and path.suffix == ".gz":
         rows["text"] = rows["text"].map(_rounded, na_action="ignore")
     return rows

@@ -1,7 +1,7 @@
 """Exported outcomes: a small CSV (gzip) that can be committed, with the outcomes, free answers and gradients of a run.
 
 The first line says what made them. An outcome fills the columns up to the nll, a free answer the last two, and a
-gradient the nll and the last.
+gradient the nll and the last. A long scaling stands in the first of its lines; where none stands, it is that above.
 """
 
 import csv
@@ -19,6 +19,7 @@ from lrs_utils.models.download import write_whole
 from lrs_utils.scoring.ledger_tables import TABLES, LedgerError, Row
 
 _COLUMNS = ["model", "scaling", "question", "exact", "nll", "max_new_tokens", "text"]
+_LONG = 10_000  # characters of a scaling: gzip finds nothing again that stands 32 KB back
 _OF_OUTCOMES = _COLUMNS[:5]  # all that a file without free answers and gradients has
 
 
@@ -43,7 +44,10 @@ def write_rows(path: Path, rows: Iterable[tuple[str, Row]], about: str) -> int:
     text.write(f"# {about}\n")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS if others else _OF_OUTCOMES)
-    writer.writerows(outcomes + others)
+    above = ""
+    for model, scaling, *values in outcomes + others:
+        writer.writerow([model, "" if scaling == above and len(scaling) > _LONG else scaling, *values])
+        above = scaling
     _write_if_changed(path, text.getvalue().encode())
     return len(outcomes) + len(others)
 
@@ -62,7 +66,9 @@ def read_rows(path: str | Path) -> dict[str, list[Row]]:
             reader = csv.reader(line for line in file if not line.startswith("#"))
             if next(reader, None) not in (_COLUMNS, _OF_OUTCOMES):
                 raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
-            for model, scaling, question, exact, nll, *text in reader:
+            scaling = ""
+            for model, given, question, exact, nll, *text in reader:
+                scaling = given or scaling
                 table, values = _read_values(exact, nll, text)
                 tables[table].append((model, scaling, question, *values))
     except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
