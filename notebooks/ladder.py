@@ -43,7 +43,9 @@ SPACES = {
     "heads: gains": "head_gains",
     "heads: gains and temperatures": "heads",
     "heads and layers": "layers_and_heads",
-    "pairs of dimensions: temperatures": "pair_temperatures",
+    "pairs: temperatures, a layer's heads alike": "layer_pair_temperatures",
+    "pairs: temperatures": "pair_temperatures",
+    "pairs of a layer, and gains of heads": "layer_pairs_and_gains",
     "channels: gains": "channel_gains",
     "control: outputs of attention and MLP": "outputs",
 }

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from lrs_utils import LM, HeadScaling, LayerScaling, Ledger, find_scaling, score, tasks
-from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, holm, paired_change
+from lrs_utils.analysis.statistics import Interval, bootstrap_mean, by_fifth, paired_change
 from lrs_utils.finding.free_text import continue_freely, distinct_trigrams, near_repeats
 from lrs_utils.finding.parts import Task, divide
 from lrs_utils.scaling.base import Scaling
@@ -43,7 +43,7 @@ def pick_tests(objective: str, tests: Mapping[str, tasks.Suite]) -> dict[str, ta
     """What an objective is judged on: all tests, or, where tasks are left out, these tasks alone."""
     if not objective.startswith("all but "):
         return dict(tests)
-    left_out = objective.removeprefix("all but ")
+    left_out = objective.removeprefix("all but ").partition(",")[0]
     names = _KEYS if left_out == "pairs" else (left_out,)
     return {name: suite for name, suite in tests.items() if name.partition(",")[0] in names}
 
@@ -59,7 +59,7 @@ class Search:
     options : mapping
         Of `find_scaling`.
     ways : mapping of a name to a mapping
-        Other ways to search on all tasks, objectives "all, NAME": what differs from the options.
+        What differs from the options for objectives of these names, "all, NAME" or "all but TASK, NAME".
     """
 
     lm: LM
@@ -79,7 +79,7 @@ class Search:
     def find(self, objective: str, searched: Sequence[str], seed: int) -> pd.DataFrame:
         """One call of `find_scaling`: its scaling as a key, and what it costs free text."""
         given = [self.tasks[name] for name in searched]
-        options = {**self.options, **self.ways.get(objective.removeprefix("all, "), {})}
+        options = {**self.options, **self.ways.get(objective, {})}
         found = find_scaling(self.lm, given, seed=seed, ledger=self.ledger, **options)
         chosen = found.choices[found.choices["chosen"]] if len(found.choices) else found.choices
         row = {"objective": objective, "seed": seed, "scaling": found.scaling.key, "dose": chosen["dose"].sum()}
@@ -155,8 +155,8 @@ def judge(
     -------
     DataFrame
         A row for each scaling and test: accuracy with "no scaling" and "found", "points" with "low", "high" and "p" of
-        the permutation test over contexts, corrected over the table (Holm), the change "by fifth" of depth, how many
-        "fifths worse" there are (their interval below 0), and the change of the answers' "nll".
+        the permutation test over contexts, the change "by fifth" of depth, how many "fifths worse" there are (their
+        interval below 0), and the change of the answers' "nll".
     """
     rows = []
     for test, suite in tests.items():
@@ -172,8 +172,7 @@ def judge(
                 row["by fifth"] = " ".join(f"{100 * of.mean():+.0f}" for of in fifths)
                 row["fifths worse"] = sum(len(of) > 1 and bootstrap_mean(of).high < 0 for of in fifths)
             rows.append(row)
-    table = pd.DataFrame(rows)
-    return table.assign(p=holm(table["p"]))
+    return pd.DataFrame(rows)
 
 
 def _mean(exact: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -211,28 +210,6 @@ def draw_openings(texts: Mapping[str, str], n_each: int, seed: int, n_words: int
     return openings
 
 
-def choose_dose(
-    lm: LM, key: str, doses: Sequence[float], openings: Sequence[str], n_tokens: int, ledger: Ledger
-) -> pd.DataFrame:
-    """The largest dose of a scaling at which free text repeats itself no more than chance explains; else the smallest.
-
-    A search looks at eight openings. These are more.
-
-    Returns
-    -------
-    DataFrame
-        Rows of `compare_repeats` for each dose down to the chosen one, with "dose" and "scaling"; the last is chosen.
-    """
-    tables = []
-    for dose in sorted(doses, reverse=True):
-        scaling = read_key(key).at_dose(dose).key
-        table = compare_repeats(lm, scaling, openings, n_tokens, ledger)
-        tables.append(table.assign(dose=dose, scaling=scaling))
-        if not (table["low"] > 0).any():
-            break
-    return pd.concat(tables, ignore_index=True)
-
-
 def compare_repeats(lm: LM, key: str, openings: Sequence[str], n_tokens: int, ledger: Ledger) -> pd.DataFrame:
     """Whether free text repeats itself more often than without scaling.
 
@@ -258,21 +235,91 @@ def compare_repeats(lm: LM, key: str, openings: Sequence[str], n_tokens: int, le
     return pd.DataFrame(rows)
 
 
-def compare_perplexity(lm: LM, key: str, texts: Mapping[str, str], n_stretches: int, ledger: Ledger) -> pd.DataFrame:
-    """What a scaling changes in the perplexity of each text, per cent, on the third that no search or choice reads.
+def list_parts(key: str, doses: Sequence[float]) -> dict[str, Scaling]:
+    """Forms of a scaling: doses of it, its gains and the rest apart, and no gain above 1."""
+    whole = read_key(key)
+    parts: dict[str, Scaling] = {f"dose {dose:g}": whole.at_dose(dose) for dose in doses}
+    if isinstance(whole, HeadScaling) and whole.gains is not None:
+        gains = np.array(whole.gains)
+        parts["gains alone"] = HeadScaling(gains=gains)
+        for name, of in {"without gains": np.ones_like(gains), "no gain above 1": np.minimum(gains, 1.0)}.items():
+            parts[name] = HeadScaling(whole.temperatures, of, layers=whole.layers)
+    return {name: of for name, of in parts.items() if name.startswith("dose") or not (of.is_identity or of == whole)}
+
+
+def measure_part(
+    lm: LM,
+    name: str,
+    scaling: Scaling,
+    tests: Mapping[str, tasks.Suite],
+    *,
+    openings: Sequence[str],
+    n_tokens: int,
+    answer_tokens: int,
+    ledger: Ledger,
+) -> pd.DataFrame:
+    """The rows of `compare_repeats`, with the "part" of a scaling that they are of and its "points, TEST"."""
+    judged = judge(lm, {name: scaling.key}, tests, answer_tokens, ledger).set_index("test")["points"]
+    repeats = compare_repeats(lm, scaling.key, openings, n_tokens, ledger)
+    return repeats.assign(part=name, **{f"points, {test}": points for test, points in judged.items()})
+
+
+def choose_dose(
+    lm: LM,
+    key: str,
+    rows: pd.DataFrame,
+    doses: Sequence[float],
+    texts: Mapping[str, str],
+    *,
+    limit: float,
+    n_stretches: int,
+    ledger: Ledger,
+) -> pd.DataFrame:
+    """The largest dose at which nothing repeats itself beyond chance and perplexity keeps a limit; else the least.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of `measure_part`, for each dose.
+    limit : float
+        Per cent that the perplexity of each text may rise by, where searches choose among their scalings.
+
+    Returns
+    -------
+    DataFrame
+        Rows of `compare_perplexity` for the doses that were tried, with "dose" and "scaling"; the last is chosen.
+    """
+    tables = []
+    for dose in sorted(doses, reverse=True):
+        if (rows[rows["part"] == f"dose {dose:g}"]["low"] > 0).any() and dose > min(doses):
+            continue
+        scaling = read_key(key).at_dose(dose).key
+        table = compare_perplexity(lm, scaling, texts, n_stretches, ledger, part="validation")
+        tables.append(table.assign(dose=dose, scaling=scaling))
+        if (table["change"] <= limit).all():
+            break
+    return pd.concat(tables, ignore_index=True)
+
+
+def compare_perplexity(
+    lm: LM, key: str, texts: Mapping[str, str], n_stretches: int, ledger: Ledger, part: str = "test"
+) -> pd.DataFrame:
+    """What a scaling changes in the perplexity of each text, per cent, on a third of it.
 
     Parameters
     ----------
     n_stretches : int
         Of each text, about 270 tokens.
+    part : str
+        "test", which no search or choice reads, or "validation", where they choose.
     """
-    part = divide([], texts, dict.fromkeys(("search", "validation", "test"), 4), n_stretches, 0)["test"]
-    before, after = (score(lm, part.text, [s], ledger=ledger).nll[0, :, 0] for s in (_none(lm), read_key(key)))
+    cut = divide([], texts, dict.fromkeys(("search", "validation", "test"), 4), n_stretches, 0)[part]
+    before, after = (score(lm, cut.text, [s], ledger=ledger).nll[0, :, 0] for s in (_none(lm), read_key(key)))
     rows = []
     for kind in texts:
-        change = paired_change(before[part.kinds == kind], after[part.kinds == kind])
+        change = paired_change(before[cut.kinds == kind], after[cut.kinds == kind])
         ends = {end: 100 * np.expm1(change[end]) for end in ("change", "low", "high")}
-        rows.append({"text": kind, "perplexity": float(np.exp(before[part.kinds == kind].mean()))} | ends)
+        rows.append({"text": kind, "perplexity": float(np.exp(before[cut.kinds == kind].mean()))} | ends)
     return pd.DataFrame(rows)
 
 
@@ -320,7 +367,7 @@ def draw_gains(table: pd.DataFrame, ax: Axes) -> str:
     Returns
     -------
     str
-        What it shows, in words.
+        Its last row, in words.
     """
     gains = table.pivot_table(index="objective", columns="test", values="points", sort=False)
     sure = table.assign(sure=(table["low"] > 0) | (table["high"] < 0))
@@ -331,10 +378,7 @@ def draw_gains(table: pd.DataFrame, ax: Axes) -> str:
         gains, annot=shown, fmt="", cmap="vlag_r", vmin=-limit, vmax=limit, ax=ax, cbar=False, annot_kws={"size": 8}
     )
     ax.set(xlabel="", ylabel="searched on")
-    return "; ".join(
-        f"searched on {name}, " + ", ".join(f"{test} {points:+.0f}" for test, points in row.items())
-        for name, row in gains.iterrows()
-    )
+    return f"searched on {gains.index[-1]}, " + ", ".join(f"{test} {n:+.0f}" for test, n in gains.iloc[-1].items())
 
 
 def measure_angles(

@@ -34,7 +34,7 @@ def evaluate(model):
 
 def test_lm_eval_measures_a_scaled_model_and_its_folder_as_score_does(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    suite, scaling = make_suite(), load_factors("smollm2-135m/general-gains")
+    suite, scaling = make_suite(), load_factors("smollm2-135m/pairs-gains")
     assert (FOLDER / "kv_short_40.jsonl").read_text() == lay_out(suite)
     suite = replace(suite, probes=suite.probes[:2])
     wanted = score(smollm2, suite, [scaling]).exact[0].ravel()

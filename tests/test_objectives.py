@@ -81,16 +81,39 @@ def test_repeats_are_those_of_the_free_text(tiny, ledger):
     assert greedy["change"] == pytest.approx(greedy["found"] - greedy["no scaling"])
 
 
-def test_the_largest_dose_that_does_not_repeat_is_chosen(tiny, ledger, monkeypatch):
-    def compare(lm, key, openings, n_tokens, ledger):
-        too_much = objectives.read_key(key).gains[0][0] > 2.0  # dose 1 and 0.8 of a gain of 3
-        return pd.DataFrame({"low": [-1.0, 0.1 if too_much else -0.1]})
+def test_parts_of_a_scaling_are_weaker_and_each_is_judged(tiny, ledger, suites):
+    gains, temperatures = np.full((tiny.num_layers, 4), 3.0), np.full((tiny.num_layers, 4), 1.2)
+    gains[0, 0] = 0.5
+    layers = LayerScaling([1.0] * tiny.num_layers, temperatures=[1.1] * tiny.num_layers)
+    whole = HeadScaling(temperatures, gains, layers=layers)
+    parts = objectives.list_parts(whole.key, [1.0, 0.5])
+    assert [*parts] == ["dose 1", "dose 0.5", "gains alone", "without gains", "no gain above 1"]
+    assert parts["dose 0.5"] == whole.at_dose(0.5)
+    assert parts["gains alone"] == HeadScaling(gains=gains)
+    assert parts["without gains"] == HeadScaling(temperatures, layers=layers)
+    assert parts["no gain above 1"].gains[0][:2] == (0.5, 1.0)
+    assert [*objectives.list_parts(layers.key, [0.5])] == ["dose 0.5"]
+    openings = objectives.draw_openings({"a": SENTENCES}, 4, 0)
+    options = {"openings": openings, "n_tokens": 12, "answer_tokens": 3, "ledger": ledger}
+    table = objectives.measure_part(tiny, "whole", whole, {"short, 3": suites["short, 3"]}, **options)
+    assert set(table["part"]) == {"whole"}
+    assert table["points, short, 3"].nunique() == 1
 
-    monkeypatch.setattr(objectives, "compare_repeats", compare)
+
+@pytest.mark.parametrize(("limit", "tried"), [(1.0, [0.8, 0.6]), (2.0, [0.8]), (0.1, [0.8, 0.6, 0.3])])
+def test_the_largest_dose_within_limits_is_chosen(tiny, ledger, monkeypatch, limit, tried):
+    def compare(lm, key, texts, n_stretches, ledger, part):
+        assert part == "validation", "the test part is for the test"
+        return pd.DataFrame({"change": [-1.0, objectives.read_key(key).gains[0][0] - 1]})  # 1.41 at 0.8, 0.93 at 0.6
+
+    monkeypatch.setattr(objectives, "compare_perplexity", compare)
+    low = {"dose 1": [-1, 0.1], "dose 0.8": [-1, -0.1], "dose 0.6": [-1, -1], "gains alone": [1, 1]}
+    rows = pd.DataFrame([{"part": part, "low": value} for part, values in low.items() for value in values])
     scaling = HeadScaling(gains=np.full((tiny.num_layers, 4), 3.0))
-    table = objectives.choose_dose(tiny, scaling.key, [0.6, 1.0, 0.8, 0.3], [], 4, ledger)
-    assert table["dose"].tolist() == [1.0, 1.0, 0.8, 0.8, 0.6, 0.6]
-    assert table["scaling"].iloc[-1] == scaling.at_dose(0.6).key
+    options = {"limit": limit, "n_stretches": 3, "ledger": ledger}
+    table = objectives.choose_dose(tiny, scaling.key, rows, [0.6, 1.0, 0.8, 0.3], TEXTS, **options)
+    assert list(dict.fromkeys(table["dose"])) == tried
+    assert table["scaling"].iloc[-1] == scaling.at_dose(tried[-1]).key
 
 
 def test_perplexity_is_that_of_the_third_that_no_search_reads(tiny, ledger, monkeypatch):
@@ -110,7 +133,7 @@ def test_a_search_gives_a_row_that_its_scaling_can_be_read_from(tiny, ledger, mo
     monkeypatch.setattr(dividing, "_STRETCH", {"words": 12, "judged": 6})
     monkeypatch.setattr(free_text, "OPENINGS", free_text.OPENINGS[:2])
     options = {"texts": TEXTS, "steps": 2, "contexts": (2, 2, 2), "stretches": 2}
-    search = Search(tiny, ledger, tasks.general_tasks(SIZES), options, {"gains": {"space": "head_gains"}})
+    search = Search(tiny, ledger, tasks.general_tasks(SIZES), options, {"all, gains": {"space": "head_gains"}})
     pieces = search.list_pieces({"all": ["short", "copying"]}, 2)
     assert [*pieces] == ["all | 0", "all | 1"]
     [row] = pieces["all | 1"]().to_dict("records")
@@ -121,7 +144,7 @@ def test_a_search_gives_a_row_that_its_scaling_can_be_read_from(tiny, ledger, mo
     assert "temperatures" not in other["scaling"], "what differs in this way to search"
 
 
-def test_scalings_are_judged_against_no_scaling_and_corrected_over_all(tiny, ledger, suites):
+def test_scalings_are_judged_against_no_scaling(tiny, ledger, suites):
     gains = np.ones((tiny.num_layers, 4))
     gains[0, 0] = 3.0
     keys = {"all": HeadScaling(gains=gains).key, "nothing": LayerScaling.identity(tiny.num_layers).key}
@@ -134,7 +157,9 @@ def test_scalings_are_judged_against_no_scaling_and_corrected_over_all(tiny, led
     assert abs(table.loc[("all", "short, 3"), "nll"]) > 1e-4
     assert (table.loc["nothing", "fifths worse"].dropna() == 0).all()
     _, ax = plt.subplots()
-    draw_gains(table.reset_index(), ax)
+    words = draw_gains(table.reset_index(), ax)
+    assert words.startswith("searched on nothing, ")
+    assert words.count("+0") == len(suites)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["all", "nothing"]
     plt.close("all")
 

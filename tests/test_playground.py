@@ -260,6 +260,7 @@ def test_a_file_of_a_curve_brings_its_control_points_and_numbers_of_heads_are_ke
             LayerScaling((1.1,) * 8, bands=[[1.2, 0.9]] * 8),
             "it has numbers for bands, which the playground does not show",
         ),
+        (HeadScaling(np.full((8, 16), 1.1)), "it has numbers of pairs or channels, which the playground does not show"),
         (HeadScaling(factors=np.full((8, 4), 1.1)), "it has factors of heads, which the playground does not show"),
         ("{}", "is not a factor file"),
     ],
@@ -435,6 +436,19 @@ def test_two_files_are_compared_context_by_context_and_the_scaling_shown_stays(p
     widgets["with"].value = ""
     assert play.comparison is None
     assert describe_difference(play) is None
+
+
+def test_what_can_not_be_shown_can_be_compared_if_it_fits(play, tmp_path):
+    pairs = HeadScaling(np.linspace(0.9, 1.2, 8 * 16).reshape(8, 16))
+    for name, scaling in {"pairs": pairs, "one": LayerScaling((1.1,) * 8), "other": LayerScaling((1.1,) * 4)}.items():
+        save_factors(tmp_path / f"{name}.json", scaling)
+    play.compare(tmp_path / "pairs.json", tmp_path / "one.json")
+    play.wait()
+    assert len(play.measured[pairs.key].exact) == 5
+    before = play.comparison
+    with pytest.raises(ValueError, match=r"other\.json can't be measured: .*4"):
+        play.compare(tmp_path / "pairs.json", tmp_path / "other.json")
+    assert play.comparison == before
 
 
 def test_a_comparison_with_a_file_that_is_gone_changes_nothing(play, tmp_path):

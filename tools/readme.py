@@ -91,6 +91,27 @@ def _expect() -> list[dict[str, str]]:
     return rows
 
 
+def _general() -> list[dict[str, str]]:
+    """What the general scaling of each model gains in each test, and what it changes in the perplexity of each text."""
+    names = {"uuid": "{} UUID pairs", "short": "{} short pairs", "copying": "{} made-up words, copied"}
+    table: dict[str, dict[str, str]] = {}
+    for number, model in enumerate(_MODELS.values()):
+        judged = _rows(f"objectives_{number}_judged")
+        for r in judged:
+            if r["objective"] == judged[-1]["objective"]:
+                task, _, size = r["test"].partition(", ")
+                name = names.get(
+                    task, f"{{}} {task}" if size.isdigit() else r["test"].replace("pages", "whole pages")
+                ).format(size)
+                row = table.setdefault(name, {"test": name})
+                gained = _points(r["points"], r["low"], r["high"])
+                row[model] = f"{100 * r['no scaling']:.0f} % to {100 * r['found']:.0f} %, {gained}"
+        for r in _rows(f"objectives_{number}_perplexity"):
+            row = table.setdefault(f"perplexity, {r['text']}", {"test": f"perplexity, {r['text']}"})
+            row[model] = f"{r['change']:+.1f} % [{r['low']:+.1f}, {r['high']:+.1f}]"
+    return [*table.values()]
+
+
 def _found() -> list[dict[str, str]]:
     """Notebook 00's table."""
     return [
@@ -361,7 +382,8 @@ def _notebooks(folder: str, thumbnails: bool) -> list[dict[str, str]]:
 
 
 TABLES: dict[str, Callable[[], list[dict[str, str]]]] = {
-    "best": _best, "expect": _expect, "found": _found, "spaces": _spaces, "recipes": _recipes, "families": _families,
+    "best": _best, "expect": _expect, "general": _general, "found": _found, "spaces": _spaces, "recipes": _recipes,
+    "families": _families,
     "test": _test, "front": _front, "transfer": _transfer, "held_out": _held_out,
     "extrapolation_small": partial(_extrapolation, "small-rope"),
     "extrapolation_large": partial(_extrapolation, "smollm2-135m"),

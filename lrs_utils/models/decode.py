@@ -1,6 +1,7 @@
 """Running a model with settings of our own: greedy continuations, and attention by a function of ours."""
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lrs_utils.models.load import LM
 from lrs_utils.models.turns import used_alone
 
+_REMINDER = logging.getLogger("transformers.generation.stopping_criteria")  # of a window that callers check themselves
 NO_SINK = -(2.0**14)  # the logit of an attention sink that takes nothing; exact in every precision
 
 
@@ -46,10 +48,13 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     # `generate` hands it every row's last token as a slice: a batched product that copies the vocabulary for each row
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # type: ignore[no-untyped-call]
+    level = _REMINDER.level
+    _REMINDER.setLevel(logging.ERROR)
     try:
         tokens = model.generate(ids, attention_mask=mask, generation_config=settings, **given)  # type: ignore[operator]
     finally:
         hook.remove()
+        _REMINDER.setLevel(level)
     return tokens[:, ids.shape[1] :]  # type: ignore[no-any-return]
 
 

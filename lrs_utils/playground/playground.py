@@ -19,7 +19,7 @@ from lrs_utils.models.load import LM
 from lrs_utils.playground.comparison import Comparison
 from lrs_utils.playground.history import History
 from lrs_utils.playground.improving import SPACES, suite_to_learn, take_steps
-from lrs_utils.playground.loading import Loaded, load_state
+from lrs_utils.playground.loading import Loaded, load_state, load_to_measure
 from lrs_utils.playground.measured import MeasuredScaling
 from lrs_utils.playground.prediction import FEWEST_SCALINGS, PREDICTED_SCHEME, is_predicted
 from lrs_utils.playground.state import KINDS, Grid, State
@@ -174,12 +174,11 @@ class Playground(Measurer):
         Raises
         ------
         OSError, ValueError
-            As in `load`.
+            Of `load_factors`, or of a scaling that doesn't fit the model.
         """
-        loaded = [load_state(path, self.lm, self.grid, self.state) for path in (first, second)]
-        names, scalings = zip(*((of.name, of.state.scaling) for of in loaded), strict=True)
+        scalings = load_to_measure(first, self.lm), load_to_measure(second, self.lm)
         with self._lock:
-            self.comparison = Comparison(names, scalings)
+            self.comparison = Comparison((str(first), str(second)), scalings)
             self._begin(partial(self._measure, [*scalings, self.scaling]), delay=0.0)
             self._message = ""
         self._tell_listeners(moved=False)

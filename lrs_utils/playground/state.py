@@ -126,6 +126,8 @@ class Grid:
         n_layers, n_heads = len(state.layers.factors), {len(row[0]) for row in rows if row is not None}
         if n_layers != self.num_layers:
             raise ValueError(f"it is of {n_layers} layers, and this model has {self.num_layers}")
+        if any(width > self.n_heads and width % self.n_heads == 0 for width in n_heads):
+            raise ValueError("it has numbers of pairs or channels, which the playground does not show, but can compare")
         if n_heads - {self.n_heads}:
             raise ValueError(f"it is of {n_heads.pop()} heads a layer, and this model has {self.n_heads}")
 

@@ -389,8 +389,8 @@ def test_two_files_are_compared_with_an_interval_of_their_difference(page):
 
 
 def test_heads_are_seen_on_maps_chosen_by_click_and_keys_and_changed_by_sliders(page):
-    dropdown(page, "load").select_option("smollm2-135m/general")
-    gains = load_factors("smollm2-135m/general").gains
+    dropdown(page, "load").select_option("smollm2-135m/pairs")
+    gains = load_factors("smollm2-135m/pairs").gains
     cell = page.locator('.lrs-head-gains .lrs-cell[data-layer="12"][data-head="3"]')
     expect(cell).to_have_attribute("data-value", f"{gains[12][3]:g}", timeout=120_000)
     expect(page.locator(".lrs-head-gains .lrs-cell")).to_have_count(270)
