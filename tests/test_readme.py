@@ -28,7 +28,7 @@ def test_a_table_is_written_anew_and_an_unknown_one_named(monkeypatch):
     stale = "before\n<!-- table test -->\nold\n<!-- end -->\nafter"
     fresh = "before\n<!-- table test -->\n| method | gain |\n| --- | --- |\n| a | +1.0 |\n<!-- end -->\nafter"
     assert readme.filled(stale) == readme.filled(fresh) == fresh
-    with pytest.raises(ValueError, match="the table 'tset'; there are best, expect, found"):
+    with pytest.raises(ValueError, match="the table 'tset'; there are best, expect, general, found"):
         readme.filled(stale.replace("table test", "table tset"))
 
 
