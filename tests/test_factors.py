@@ -4,12 +4,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lrs_utils
 from lrs_utils import ExtendedScaling, HeadScaling, LayerScaling, load_factors, load_lm, save_factors
+from lrs_utils.notebook import ROOT
 from lrs_utils.scaling.files import read_factors
 
 SHIPPED = Path(lrs_utils.__file__).parent / "data" / "factors"
@@ -171,3 +173,14 @@ def test_a_file_of_another_model_is_told_apart_where_the_model_is_given(tiny, tm
     message = f"f.json was found on tiny-llama with fingerprint {tiny.fingerprint}, not on this tiny-mistral"
     with pytest.warns(UserWarning, match=message):
         assert load_factors(tmp_path / "f.json", other).factors == (1.2, 1.0)
+
+
+@pytest.mark.parametrize(("number", "model"), [(0, "smollm2-135m"), (1, "gemma3-270m")])
+def test_the_general_scaling_is_the_one_that_notebook_11_judged(number, model):
+    results, scaling = ROOT / "data" / "results", load_factors(f"{model}/general")
+    chosen = pd.read_csv(results / f"objectives_{number}_dose.csv", skiprows=1)
+    assert chosen["scaling"].iloc[-1] == scaling.key
+    judged = pd.read_csv(results / f"objectives_{number}_judged.csv", skiprows=1)
+    judged = judged[judged["objective"] == judged["objective"].iloc[-1]]
+    written = {row["task"]: row["found"] for row in read_factors(f"{model}/general")["test"] if row["task"] != "text"}
+    assert written == pytest.approx(dict(zip(judged["test"], judged["found"], strict=True)))

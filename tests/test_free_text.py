@@ -133,3 +133,13 @@ def test_a_model_without_padding_token_pads_with_its_end(tiny):
     assert tokenizer.pad_token_id is None
     found = continue_freely(replace(tiny, tokenizer=tokenizer), SCALING, n_tokens=8)
     np.testing.assert_array_equal(found, continue_freely(tiny, SCALING, n_tokens=8))
+
+
+def test_a_batch_reaches_the_head_in_a_form_that_copies_nothing(tiny, monkeypatch):
+    head, seen = tiny.model.get_output_embeddings(), []
+    multiply = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: seen.append(states.is_contiguous()) or multiply(states))
+    hooks = len(head._forward_pre_hooks)
+    continue_freely(tiny, SCALING, n_tokens=3)
+    assert seen == [True] * 3  # the first is the prompt's, of which `generate` takes a slice
+    assert len(head._forward_pre_hooks) == hooks

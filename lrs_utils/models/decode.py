@@ -46,8 +46,9 @@ def decode(lm: LM, ids: Tensor, mask: Tensor, n_tokens: int, *, to_the_end: bool
     )  # fmt: skip
     model = copy.copy(lm.model)  # with the same weights and modules; the caller's keeps its own config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    # `generate` hands it every row's last token as a slice: a batched product that copies the vocabulary for each row
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # type: ignore[no-untyped-call]
+    # `generate` hands the head every row's last token as a slice: a product that copies the vocabulary for each row
+    head: Any = model.get_output_embeddings() or nn.Identity()  # type: ignore[no-untyped-call]  # a family may name none
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]) if args else None)
     level = _REMINDER.level
     _REMINDER.setLevel(logging.ERROR)
     try:
